@@ -1,0 +1,164 @@
+"""Every cut of the same 16 rows (micro-batch x accumulation x processes x ZeRO stage x checkpointing) is the same training.
+
+The judge is a plain PyTorch loop over the whole batch, written here with nothing from zerotune/. Losses must agree to 1e-5. For the
+final weights the bound is measured, not guessed: the reference is run once more with its rows reversed and its sums cut in two,
+which is the same mathematics in another order of rounding; AdamW turns the rounding of vanishing gradients (BART's key biases have
+a true gradient of 0) into steps of lr, so that this floor is far above float32's own. train.py may be ten floors away, but a
+mean-of-means loop, the classic mistake, must be further away than that, or the rows could not tell.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+STEPS, LEARNING_RATE, WARMUP, WEIGHT_DECAY, CLIP = 6, 3e-3, 3, 0.1, 0.5
+FLAGS = {
+    "max_steps": STEPS,
+    "learning_rate": LEARNING_RATE,
+    "warmup_steps": WARMUP,
+    "lr_scheduler_type": "linear",
+    "weight_decay": WEIGHT_DECAY,
+    "max_grad_norm": CLIP,
+    "logging_steps": 1,
+    "save_steps": 0,
+    "max_source_length": 100,
+    "max_target_length": 100,
+}
+
+
+def load_rows(folder, path, causal):
+    """Return [(input ids, labels, decoder ids or None)] of each row, tokenised word by word."""
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    rows = []
+    for row in map(json.loads, path.read_text().splitlines()):
+        source = [vocabulary[word] for word in row["source"].split()] + [1]
+        target = [vocabulary[word] for word in row["target"].split()] + [1]
+        if causal:
+            ids = source + target
+            rows.append((ids, ([-100] * len(source) + target)[1:] + [-100]))
+        else:
+            rows.append((source, target))
+    return rows
+
+
+def batch_loss(model, rows, causal, reduction):
+    def pad(lists, value):
+        width = max(map(len, lists))
+        return torch.tensor([ids + [value] * (width - len(ids)) for ids in lists])
+
+    ids, labels = pad([r[0] for r in rows], 0), pad([r[1] for r in rows], -100)
+    mask = pad([[1] * len(r[0]) for r in rows], 0)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if not causal:
+        start = torch.full((len(rows), 1), model.config.decoder_start_token_id)
+        inputs["decoder_input_ids"] = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, 0)], dim=1)
+    logits = model(**inputs).logits
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction)
+
+
+def reference(folder, path, causal, parts=1, mean_of_means=False):
+    """Return (losses, final weights) of the plain loop; parts > 1 reverses the rows and cuts them into that many sums."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    model = (AutoModelForCausalLM if causal else AutoModelForSeq2SeqLM).from_pretrained(folder).train()
+    rows = load_rows(folder, path, causal)
+    targets = sum(label != -100 for row in rows for label in row[1])
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer, losses = torch.optim.AdamW(groups, lr=LEARNING_RATE), []
+    for step in range(STEPS):
+        after = 1 - (step - WARMUP) / (STEPS - WARMUP)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * ((step + 1) / WARMUP if step < WARMUP else after)
+        total = 0.0
+        cut = [rows] if parts == 1 else [rows[::-1][i :: parts] for i in range(parts)]
+        for part in cut:
+            if mean_of_means:
+                loss = batch_loss(model, part, causal, "mean") / parts
+            else:
+                loss = batch_loss(model, part, causal, "sum") / targets
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, model.state_dict()
+
+
+def distance(weights, expected):
+    """Return the relative L2 distance of all tensors that both have; tied weights may be stored once."""
+    names = [name for name in expected if name in weights]
+    assert len(names) > 10
+    difference = math.sqrt(sum((weights[n].double() - expected[n].double()).pow(2).sum().item() for n in names))
+    return difference / math.sqrt(sum(expected[n].double().pow(2).sum().item() for n in names))
+
+
+@pytest.fixture(scope="module")
+def references(tiny, rows16):
+    """Return family -> (losses, weights, bound on the distance of weights)."""
+    known = {}
+
+    def get(family):
+        if family not in known:
+            folder, causal = tiny(family), family == "llama"
+            losses, weights = reference(folder, rows16, causal)
+            floor = distance(reference(folder, rows16, causal, parts=2)[1], weights)
+            means, wrong = reference(folder, rows16, causal, parts=4, mean_of_means=True)
+            bound = 10 * floor
+            assert floor < 1e-3 and distance(wrong, weights) > 3 * bound, (floor, distance(wrong, weights))
+            assert max(abs(mean / loss - 1) for mean, loss in zip(means, losses, strict=True)) > 1e-4
+            known[family] = losses, weights, bound
+        return known[family]
+
+    return get
+
+
+# (family, strategy, processes, micro-batch, accumulation, gradient checkpointing): pairs, not the full product.
+CASES = [
+    ("t5", None, 1, 16, 1, False),
+    ("t5", None, 1, 4, 4, True),
+    ("t5", "single", 1, 1, 16, False),
+    ("t5", "ddp", 2, 2, 4, False),
+    ("t5", "zero1", 2, 2, 4, True),
+    ("t5", "zero2", 2, 4, 2, False),
+    ("t5", "zero2_offload", 2, 8, 1, False),
+    ("t5", "zero3", 2, 4, 2, True),
+    ("t5", "zero3_offload", 2, 1, 8, False),
+    ("t5", "zero3_nvme", 2, 4, 2, False),
+    ("bart", None, 1, 4, 4, False),
+    ("bart", "cpu", 2, 4, 2, True),
+    ("bart", "zero2", 2, 1, 8, True),
+    ("bart", "zero3", 2, 8, 1, False),
+    ("llama", None, 1, 1, 16, True),
+    ("llama", "zero1", 2, 8, 1, False),
+    ("llama", "zero3", 2, 2, 4, True),
+]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("family, strategy, processes, micro, accumulation, checkpointing", CASES)
+def test_trajectory(train, tiny, rows16, references, family, strategy, processes, micro, accumulation, checkpointing):
+    losses, weights, bound = references(family)
+    result = train(
+        strategy,
+        processes=processes,
+        model_name_or_path=tiny(family),
+        task="causal" if family == "llama" else "seq2seq",
+        source_suffix="",
+        train_file=rows16,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=checkpointing,
+        **FLAGS,
+    )
+    records = result.records("loss")
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert [record["loss"] for record in records] == pytest.approx(losses, rel=1e-5)
+    assert records[-1]["learning_rate"] == pytest.approx(LEARNING_RATE / (STEPS - WARMUP))
+    assert records[0]["grad_norm"] > CLIP  # clipping was active
+    assert distance(result.weights(), weights) < bound

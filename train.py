@@ -1,0 +1,283 @@
+"""Fine-tune a Hugging Face model: one raw loop for one CPU, one GPU, a node of GPUs or many nodes.
+
+    python train.py --model_name_or_path DIR --train_file rows.jsonl --output_dir runs/a              one process, CPU or GPU
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 train.py ...        DDP on 8 GPUs
+    accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 train.py ...      ZeRO-2
+    accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_processes 8 train.py ...   ZeRO-3 + CPU offload
+
+`python train.py --help` lists the flags; scripts/launch.sh is the short way to the same launches. To adapt it: the loss is
+`token_loss_sum`, called once in the loop; the rows are made in zerotune/data.py; what learns is decided at "freezing".
+"""
+
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from zerotune import records
+
+records.quiet_libraries()
+
+import torch  # noqa: E402  the libraries read their log levels when they are imported
+from accelerate import Accelerator  # noqa: E402
+from accelerate.utils import (  # noqa: E402
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    send_to_device,
+    set_seed,
+)
+from torch.utils.data import DataLoader  # noqa: E402
+
+from zerotune import checkpoint  # noqa: E402
+from zerotune.arguments import parse_arguments  # noqa: E402
+from zerotune.data import Collator, Data, TrainingSteps, count_tokens  # noqa: E402
+from zerotune.errors import UserError  # noqa: E402
+from zerotune.evaluation import Evaluator  # noqa: E402
+from zerotune.export import export  # noqa: E402
+from zerotune.freezing import GradientWatch, apply_rules  # noqa: E402
+from zerotune.loss import count_targets, token_loss_sum  # noqa: E402
+from zerotune.model import (  # noqa: E402
+    T5_FAMILY,
+    count_partitioned,
+    enable_gradient_checkpointing,
+    hidden_size,
+    load_config_and_tokenizer,
+    load_model,
+)
+from zerotune.optimizer import build_optimizer, lr_at  # noqa: E402
+from zerotune.precision import OverflowWatch, loss_scale  # noqa: E402
+from zerotune.strategy import check_processes, engine_facts, has_cuda, launched_strategy  # noqa: E402
+
+
+def main():
+    # ---- config: every mistake that can be seen without a model is found here --------------------------------------------
+    args = parse_arguments()
+    strategy = launched_strategy(args)
+    resume_folder = checkpoint.find(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+    config, tokenizer = load_config_and_tokenizer(args)
+
+    # ---- accelerator -----------------------------------------------------------------------------------------------------
+    deepspeed_plugin = strategy.plugin(args, hidden_size(config))
+    accelerator = Accelerator(
+        # With cpu=True accelerate would drop DeepSpeed; without it, and without a GPU, it would not start DDP on the CPU.
+        cpu=deepspeed_plugin is None and not has_cuda(),
+        mixed_precision=args.mixed_precision,
+        deepspeed_plugin=deepspeed_plugin,
+        # The loop divides by the token count itself: outside DeepSpeed accelerate must not divide by the accumulation again,
+        # while DeepSpeed wants to know the true number (see the backward call).
+        gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps if deepspeed_plugin else 1),
+        kwargs_handlers=[
+            *([InitProcessGroupKwargs(backend="gloo")] if strategy.launched and not has_cuda() else []),
+            DistributedDataParallelKwargs(find_unused_parameters=args.allow_unused),
+        ],
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+    )
+    check_processes(accelerator)
+    world = accelerator.num_processes
+    console = records.Console(accelerator.is_main_process)
+    console.say(f"strategy: {strategy.name}, {world} process(es), {accelerator.device.type}, mixed precision {args.mixed_precision}")
+    if args.mixed_precision == "fp16" and config.model_type in T5_FAMILY:
+        console.say("warning: T5's feed-forward output overflows in fp16 on many inputs; bf16 is safe where the hardware has it")
+
+    # ---- data ------------------------------------------------------------------------------------------------------------
+    named = [name for name in config.id2label.values() if not str(name).startswith("LABEL_")]
+    data = first_on_each_node(accelerator, lambda: Data(args, tokenizer, model_labels=named))
+    data_report = data.report(args)
+    for split, facts in data_report.items():
+        console.say(f"data: {split}: {json.dumps(facts)}")
+
+    # ---- model, freezing -------------------------------------------------------------------------------------------------
+    set_seed(args.seed)  # the same on every rank: a new classification head starts alike everywhere
+    precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
+    model = load_model(args, config, tokenizer, data.labels, dtype=precision if deepspeed_plugin else torch.float32)
+    num_partitioned = count_partitioned(model)
+    freeze_report = apply_rules(model, args.freeze, args.unfreeze)
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    console.say("\n".join(f"freezing: {line}" for line in freeze_report.lines()))
+
+    # ---- optimizer, prepare ----------------------------------------------------------------------------------------------
+    optimizer = build_optimizer(
+        model,
+        optim=args.optim,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        on_host=strategy.optimizer_on_host,
+    )
+    decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None) if args.task == "seq2seq" else None
+    collator = Collator(args.task, tokenizer.pad_token_id, data.labels, 8 if has_cuda() else 1, decoder_inputs)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    batches = TrainingSteps(data, collator, args, world, accelerator.process_index)
+    num_rows, rows_per_step = len(data.rows["train"]), batches.batch_size
+    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * num_rows / rows_per_step)
+    warmup_steps = args.warmup_steps or round(args.warmup_ratio * max_steps)
+    equation = (
+        f"{args.per_device_train_batch_size} rows x {world} process(es) x {args.gradient_accumulation_steps} accumulation = "
+        f"{rows_per_step} rows a step; {max_steps} steps = {max_steps * rows_per_step / num_rows:.2f} epochs of {num_rows} rows"
+    )
+    console.say(f"batch: {equation}")
+
+    # ---- resume: the position is one number; data order and learning rate follow from it ---------------------------------
+    set_seed(args.seed, device_specific=True)  # dropout differs between ranks
+    if resume_folder is None and args.overwrite_output_dir and accelerator.is_main_process:
+        checkpoint.start_over(args.output_dir)
+    step = checkpoint.load(accelerator, resume_folder) if resume_folder else 0
+    engine = engine_facts(accelerator, strategy, model, optimizer) | {"parameters_partitioned_at_load": num_partitioned}
+    if accelerator.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        run = {
+            "arguments": vars(args),
+            "engine": engine,
+            "deepspeed_config": deepspeed_plugin and deepspeed_plugin.deepspeed_config,
+            "batch_arithmetic": equation,
+            "max_steps": max_steps,
+            "warmup_steps": warmup_steps,
+            "resumed_from": resume_folder,
+            "parameters": {"total": freeze_report.num_total, "trainable": freeze_report.num_trainable},
+            "freezing": [vars(rule) for rule in freeze_report.rules],
+            "tied": freeze_report.tied,
+            "data": data_report,
+            "labels": data.labels,
+        }
+        records.write_json(Path(args.output_dir) / "run.json", run | records.environment_facts())
+    if args.report_to != "none":
+        accelerator.init_trackers("zerotune", config={name: str(value) for name, value in vars(args).items()})
+    metrics = records.Metrics(args.output_dir, console, accelerator, step)
+    evaluator = Evaluator(accelerator, data, collator, tokenizer, args)
+    console.say(f"engine: {json.dumps(engine)}")
+
+    # ---- loop ------------------------------------------------------------------------------------------------------------
+    loader = DataLoader(
+        batches,
+        sampler=range(step, max_steps),
+        batch_size=None,  # an item is a whole step already
+        collate_fn=list,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=has_cuda(),
+        generator=torch.Generator(),  # without its own, the loader would draw from the global state that dropout uses
+    )
+    # DeepSpeed divides the loss by the accumulation unless told not to; the loss below is complete as it is.
+    backward_options = {"scale_wrt_gas": False} if deepspeed_plugin else {}
+    watch, overflow = GradientWatch(model), OverflowWatch(minimum=smallest_loss_scale(deepspeed_plugin))
+    window = records.Window(accelerator)
+    evaluated_at = saved_at = None
+    console.start(step, max_steps)
+    for micro_batches in loader:
+        learning_rate = lr_at(
+            step,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type=args.lr_scheduler_type,
+            warmup_steps=warmup_steps,
+            max_steps=max_steps,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        # Targets of the whole step, over all micro-batches and ranks: the one divisor that makes every cut the same update.
+        targets = sum(count_targets(batch) for batch in micro_batches)
+        targets = accelerator.reduce(torch.full((), targets, device=accelerator.device, dtype=torch.float32), reduction="sum")
+        window.target_tokens += targets
+        for index, batch in enumerate(micro_batches):
+            window.add_tokens(count_tokens(batch))
+            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            labels = batch.pop("labels")
+            accelerator.sync_gradients = index == len(micro_batches) - 1  # the accumulation boundary, for DDP and DeepSpeed
+            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
+                loss_sum = token_loss_sum(model(**batch).logits, labels)
+                # x world: DDP and DeepSpeed average gradients over the ranks, and this loss is to be summed.
+                accelerator.backward(loss_sum * (world / targets), **backward_options)
+            window.loss_sum += loss_sum.detach()
+        # Under DeepSpeed the last backward has clipped and stepped already; these three then only report the norm.
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        window.steps += 1
+        console.advance()
+
+        if watch is not None:
+            stop_if_unused(accelerator, watch, args.allow_unused, console)
+            watch = None
+        if args.mixed_precision == "fp16":
+            overflow.after_step(step, accelerator.optimizer_step_was_skipped, loss_scale(accelerator, optimizer))
+        if step % args.logging_steps == 0 or step == max_steps:
+            counts = {"overflowed_steps": overflow.overflowed_steps} if args.mixed_precision == "fp16" else {}
+            epoch = step * rows_per_step / num_rows
+            metrics.write(window.record(step, epoch, learning_rate, grad_norm, **counts))
+        if args.eval_steps and step % args.eval_steps == 0 and "validation" in data.rows:
+            with window.paused():
+                metrics.write(evaluator.evaluate(model, "validation", step, args.predict_with_generate)[0])
+            evaluated_at = step
+        if args.save_steps and (step % args.save_steps == 0 or step == max_steps):
+            with window.paused():
+                saved = checkpoint.save(accelerator, args.output_dir, step, args.save_total_limit)
+            metrics.write({"step": step, **saved})
+    console.stop()
+
+    # ---- final evaluation and export -------------------------------------------------------------------------------------
+    if "validation" in data.rows and evaluated_at != step:
+        metrics.write(evaluator.evaluate(model, "validation", step, args.predict_with_generate)[0])
+    if "test" in data.rows:
+        record, predicted = evaluator.evaluate(model, "test", step, outputs=True)
+        metrics.write(record)
+        write_predictions(Path(args.output_dir) / "predictions.jsonl", evaluator.prediction_rows("test", predicted))
+    final = export(accelerator, model, tokenizer, args.output_dir, args.task, args.trust_remote_code)
+    console.say(f"final: {final} loads with from_pretrained, weights compared")
+    accelerator.end_training()
+
+
+def first_on_each_node(accelerator, function):
+    """Call `function` on one process of each node, then on the others, so that these find its cache; all raise its UserError."""
+    error = result = None
+    with accelerator.local_main_process_first():
+        try:
+            result = function()
+        except UserError as caught:  # raised after the barrier in the context's end, or the others would wait there for ever
+            error = caught
+    if error is not None:
+        raise error
+    return result
+
+
+def stop_if_unused(accelerator, watch, allow_unused, console):
+    """Raise UserError, on every rank, naming the trainable parameters that had no gradient on any rank in the first step."""
+    from accelerate.utils import gather_object
+
+    unused = set.intersection(*(set(names) for names in gather_object([watch.without_gradient()])))
+    if unused and allow_unused:
+        console.say(f"warning: {len(unused)} trainable tensors had no gradient in the first step: {', '.join(sorted(unused)[:10])}")
+    elif unused:
+        raise UserError(
+            f"{len(unused)} trainable tensors had no gradient in the first step: {', '.join(sorted(unused)[:10])}; freeze them "
+            "(--freeze re:PATTERN), or pass --allow_unused if they are used later (a mixture of experts)"
+        )
+
+
+def smallest_loss_scale(deepspeed_plugin):
+    """Return the loss scale below which fp16 cannot go: DeepSpeed's own minimum, 1 elsewhere."""
+    return deepspeed_plugin.deepspeed_config.get("fp16", {}).get("min_loss_scale", 1) if deepspeed_plugin else 1.0
+
+
+def write_predictions(path, rows):
+    """Write predictions.jsonl if there are any rows (only the main process has them)."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    if lines:
+        path.write_text("".join(lines))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        import os
+
+        if os.environ.get("RANK", "0") == "0":
+            print("\n".join(f"train.py: error: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)  # the launcher kills all ranks when the first one ends: let the one that prints come first
+        sys.exit(2)

@@ -1,0 +1,218 @@
+"""Every flag of train.py: name, unit, default, and the checks that need nothing but the flags and the file system.
+
+Flags carry their transformers.TrainingArguments name where the meaning is the same. What a DeepSpeed JSON or an accelerate YAML
+decides (stage, offload, number of processes) is no flag. `python -m zerotune.arguments --flags...` checks flags and exits.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from zerotune.errors import UserError, nearest
+
+
+def flag(default, help, **extra):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **extra})
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "model"
+    model_name_or_path: str | None = flag(None, "Folder with a saved model, or a hub name. Required.")
+    tokenizer_name: str | None = flag(None, "Folder or hub name of the tokenizer, if it is not beside the model.")
+    task: Literal["seq2seq", "causal", "classification"] = flag("seq2seq", "What is learned, and so which AutoModel class.")
+    trust_remote_code: bool = flag(False, "Run Python code that a hub repository brings along.")
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data"
+    train_file: str | None = flag(None, "Training rows: .json, .jsonl, .csv, .tsv, .parquet or .txt (one row a line).")
+    validation_file: str | None = flag(None, "Rows evaluated every eval_steps and at the end; a format as above.")
+    test_file: str | None = flag(None, "Rows evaluated once at the end, with predictions.jsonl; a format as above.")
+    dataset_name: str | None = flag(None, "Hub data set, in place of files; its splits are train, validation and test.")
+    dataset_config_name: str | None = flag(None, "Configuration of the hub data set.")
+    source_column: str = flag("source", "Column of the input text (seq2seq, causal pairs).")
+    target_column: str = flag("target", "Column of the text to generate (seq2seq, causal pairs).")
+    text_column: str | None = flag(
+        None, "Column of the text: classification (default: text), or causal rows that are one text, all of it learned."
+    )
+    label_column: str = flag("label", "Column of the class (classification).")
+    labels: list[str] = flag([], "The classes, in the order of their numbers (classification; default: the training file's, sorted).")
+    source_prefix: str = flag("", "Text put before each source, e.g. 'summarize: '.")
+    source_suffix: str | None = flag(None, "Text put after each source. Default: nothing; for causal pairs a line break.")
+    max_source_length: int = flag(512, "Longest source (or one-text row), in tokens; longer ones are truncated and counted.")
+    max_target_length: int = flag(128, "Longest target, in tokens; longer ones are truncated and counted.")
+    skip_bad_rows: bool = flag(False, "Leave malformed rows out and count them in run.json, instead of stopping.")
+    preprocessing_num_workers: int = flag(1, "Processes that tokenise, on each node.")
+    dataloader_num_workers: int = flag(0, "Processes a rank that collate batches ahead of the step; 0: in the loop.")
+
+
+@dataclass
+class FreezingArguments:
+    _argument_group_name = "freezing"
+    freeze: list[str] = flag(
+        [], "Rules applied in order: all, encoder, decoder, embeddings, backbone, head, encoder.layers[:6], layers[-2:], re:PATTERN."
+    )
+    unfreeze: list[str] = flag([], "Rules applied in order after --freeze.")
+    allow_unused: bool = flag(False, "Go on if a trainable parameter has had no gradient after the first step.")
+
+
+@dataclass
+class LearningArguments:
+    _argument_group_name = "learning"
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Arithmetic of forward and backward; no: float32.")
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass instead of keeping them.")
+    per_device_train_batch_size: int = flag(8, "Rows of one forward/backward on one process.")
+    per_device_eval_batch_size: int = flag(8, "Rows of one evaluation batch on one process.")
+    gradient_accumulation_steps: int = flag(1, "Forward/backward passes per optimizer step.")
+    num_train_epochs: float = flag(3.0, "Passes over the training rows, unless max_steps is given.")
+    max_steps: int = flag(-1, "Optimizer steps; -1: from num_train_epochs.")
+    learning_rate: float = flag(5e-5, "Peak learning rate.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = flag("linear", "Shape of the learning rate after warm-up.")
+    warmup_steps: int = flag(0, "Optimizer steps of linear warm-up.")
+    warmup_ratio: float = flag(0.0, "Warm-up as a share of all steps (0 to 1), in place of warmup_steps.")
+    weight_decay: float = flag(0.0, "Decoupled weight decay; biases and normalisation weights have none.")
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor"] = flag("adamw_torch_fused", "Optimizer.")
+    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this L2 norm; 0: never.")
+    seed: int = flag(42, "Seed of the data order, dropout and new weights.")
+
+
+@dataclass
+class RunArguments:
+    _argument_group_name = "run"
+    output_dir: str | None = flag(None, "Folder of run.json, metrics.jsonl, checkpoint-<step>/ and final/. Required.")
+    logging_steps: int = flag(10, "Optimizer steps between training records.")
+    eval_steps: int = flag(0, "Optimizer steps between evaluations; 0: at the end only.")
+    save_steps: int = flag(500, "Optimizer steps between checkpoints, and one at the end; 0: none.")
+    save_total_limit: int = flag(2, "Newest checkpoints kept.")
+    resume_from_checkpoint: str = flag(
+        "auto", "auto: the newest checkpoint in output_dir, if there is one; none: start at step 0; or a checkpoint's folder."
+    )
+    overwrite_output_dir: bool = flag(False, "With --resume_from_checkpoint none: start over in a folder that holds a run.")
+    predict_with_generate: bool = flag(True, "Generate in evaluations, for ROUGE and BLEU (seq2seq); false: loss alone.")
+    generation_max_length: int | None = flag(None, "Longest generated text, in tokens. Default: max_target_length.")
+    generation_num_beams: int = flag(1, "Beams of generation; 1: greedy.")
+    metric: list[str] = flag([], "Metrics for evaluate.load: a local module or a hub name. Default: the task's own, in metrics/.")
+    report_to: str = flag("none", "Tracker known to accelerate: tensorboard, wandb, ...; none: metrics.jsonl alone.")
+
+
+GROUPS = (ModelArguments, DataArguments, FreezingArguments, LearningArguments, RunArguments)
+
+
+@dataclass
+class Arguments(*reversed(GROUPS)):
+    """All flags in one typed object, e.g. args.learning_rate."""
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def config_tokens(path, known):
+    """Return the flags of a YAML file as command-line words; raise UserError for keys that are no flags."""
+    try:
+        # BaseLoader keeps every scalar as it is written: 'no' stays the word no, 1e-4 stays a number for argparse to read.
+        content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader) or {}
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: must hold one 'flag: value' a line")
+    unknown = [f"--config {path}: {key!r} is no flag of train.py{nearest(key, known)}" for key in content if key not in known]
+    if unknown:
+        raise UserError(*unknown)
+    tokens = []
+    for key, value in content.items():
+        if isinstance(value, list):
+            tokens += [f"--{key}", *value] if value else []
+        else:
+            tokens.append(f"--{key}={value}")
+    return tokens
+
+
+def parse_arguments(argv=None):
+    """Return the Arguments of a command line (default: sys.argv[1:]); raise UserError with every mistake in it."""
+    parser = _Parser(
+        GROUPS,
+        prog="train.py",
+        usage="train.py --model_name_or_path DIR --train_file FILE --output_dir DIR [--flag VALUE ...]",
+        description="Fine-tune a Hugging Face model.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="Flags from a YAML file; the command line wins.")
+    argv = sys.argv[1:] if argv is None else argv
+    known = [action.dest for action in parser._actions if action.dest != "help"]
+    config = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].config
+    namespace, rest = parser.parse_known_args((config_tokens(config, set(known) - {"config"}) if config else []) + argv)
+    if rest:
+        names = [word.split("=")[0] for word in rest if word.startswith("--")] or rest
+        raise UserError(*(f"{name}: no flag of train.py{nearest(name, [f'--{k}' for k in known])}" for name in names))
+    values = vars(namespace)
+    values.pop("config")
+    args = Arguments(**values)
+    problems = check_arguments(args)
+    if problems:
+        raise UserError(*problems)
+    return args
+
+
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+
+
+def check_arguments(args):
+    """Return a list of problems, a line each: ranges, pairs that cannot be, files that are not there."""
+    problems = []
+
+    def need(condition, problem):
+        if not condition:
+            problems.append(problem)
+
+    need(args.model_name_or_path, "--model_name_or_path is required: a folder with a saved model, or a hub name")
+    need(args.output_dir, "--output_dir is required: the folder of this run")
+    need(args.train_file or args.dataset_name, "--train_file (or --dataset_name) is required")
+    need(not (args.train_file and args.dataset_name), "--train_file and --dataset_name are both given; give one")
+    for name in ("model_name_or_path", "tokenizer_name"):
+        path = getattr(args, name)
+        if path and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+            need(Path(path).is_dir(), f"--{name} {path}: no such folder")
+    for name in ("train_file", "validation_file", "test_file"):
+        path = getattr(args, name)
+        if path:
+            need(os.access(path, os.R_OK) and Path(path).is_file(), f"--{name} {path}: no such file, or not readable")
+            need(Path(path).suffix in DATA_SUFFIXES, f"--{name} {path}: the ending must be one of {' '.join(DATA_SUFFIXES)}")
+    positive = (
+        "max_source_length max_target_length preprocessing_num_workers per_device_train_batch_size per_device_eval_batch_size "
+        "gradient_accumulation_steps num_train_epochs logging_steps save_total_limit generation_num_beams"
+    )
+    for name in positive.split():
+        need(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: must be greater than 0")
+    not_negative = "learning_rate warmup_steps weight_decay max_grad_norm eval_steps save_steps dataloader_num_workers seed"
+    for name in not_negative.split():
+        need(getattr(args, name) >= 0, f"--{name} {getattr(args, name)}: must not be negative")
+    need(args.generation_max_length is None or args.generation_max_length > 0, "--generation_max_length: must be greater than 0")
+    need(args.max_steps == -1 or args.max_steps > 0, f"--max_steps {args.max_steps}: must be greater than 0, or -1")
+    need(0 <= args.warmup_ratio <= 1, f"--warmup_ratio {args.warmup_ratio}: must be between 0 and 1")
+    need(not (args.warmup_ratio and args.warmup_steps), "--warmup_ratio and --warmup_steps are both given; give one")
+    if args.output_dir:
+        out = Path(args.output_dir)
+        need(not out.exists() or out.is_dir(), f"--output_dir {out}: is a file; give a folder")
+        parent = next(p for p in (out, *out.resolve().parents) if p.exists())
+        need(os.access(parent, os.W_OK), f"--output_dir {out}: {parent} is not writable")
+    return problems
+
+
+if __name__ == "__main__":
+    try:
+        parse_arguments()
+    except UserError as error:
+        sys.exit("\n".join(f"train.py: error: {problem}" for problem in error.problems))

@@ -1,0 +1,154 @@
+"""Evaluate a split over all ranks: token-weighted loss, generated or predicted outputs, and metrics; each row counts once.
+
+Every rank makes the same number of forward and generate calls, whatever the rows: under ZeRO-3 each one is a collective.
+"""
+
+import contextlib
+import math
+import time
+from pathlib import Path
+
+import evaluate as evaluate_library
+import torch
+from accelerate.utils import gather_object, send_to_device
+
+from zerotune.batches import evaluation_batches
+from zerotune.errors import UserError
+from zerotune.loss import IGNORE, token_loss_sum
+
+METRICS = Path(__file__).resolve().parents[1] / "metrics"
+DEFAULT_METRICS = {"seq2seq": ("rouge", "bleu"), "causal": (), "classification": ("classification",)}
+
+
+def load_metrics(task, names):
+    """Return {name: module} loaded by `evaluate`, from `names` or the task's default; raise UserError if one cannot be had."""
+    modules = {}
+    for name in names or [str(METRICS / f"{default}.py") for default in DEFAULT_METRICS[task]]:
+        try:
+            modules[name] = evaluate_library.load(name, keep_in_memory=True)
+        except Exception as error:  # evaluate raises whatever its loaders raise
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--metric {name}: cannot be loaded ({reason}); give the path of a module or a hub name") from None
+    return modules
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Switch dropout off and gradients away for a while."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
+
+
+class Evaluator:
+    """Evaluates splits of `data` with what stays the same over a run."""
+
+    def __init__(self, accelerator, data, collator, tokenizer, args):
+        self.accelerator, self.data, self.collator, self.tokenizer, self.args = accelerator, data, collator, tokenizer, args
+        # Only the main process sees all predictions; the others need no metric.
+        self.metrics = load_metrics(args.task, args.metric) if accelerator.is_main_process else {}
+
+    @property
+    def generates(self):
+        """Tell whether the task's outputs are generated texts; rows that are one text leave nothing to generate."""
+        return self.args.task == "seq2seq" or (self.args.task == "causal" and not self.args.text_column)
+
+    def batches(self, split):
+        """Yield (rows' columns, which rows are real, row numbers) of this rank."""
+        rows, lengths = self.data.rows[split], self.data.lengths[split]
+        accelerator = self.accelerator
+        per_device = self.args.per_device_eval_batch_size
+        for numbers, real in evaluation_batches(lengths, per_device, accelerator.num_processes, accelerator.process_index):
+            yield rows[numbers], torch.from_numpy(real), numbers
+
+    def evaluate(self, model, split, step, outputs):
+        """Return (record, predictions): loss and perplexity, and with `outputs` the metrics of what the model predicts.
+
+        predictions: on the main process {row number: text or class name}, else {}; empty without `outputs`.
+        """
+        begin = time.perf_counter()
+        prefix = "eval" if split == "validation" else split
+        with evaluating(model):
+            loss_sum, targets, classes = self.loss(model, split)
+            predicted = self.gather(self.generate(model, split) if outputs and self.generates else classes if outputs else {})
+        record = {"step": step, f"{prefix}_loss": loss_sum / targets, f"{prefix}_target_tokens": targets}
+        if self.args.task != "classification":
+            record["perplexity" if prefix == "eval" else f"{prefix}_perplexity"] = math.exp(min(loss_sum / targets, 700))
+        if predicted:
+            record |= {name if prefix == "eval" else f"{prefix}_{name}": value for name, value in self.score(split, predicted).items()}
+        record[f"{prefix}_seconds"] = round(time.perf_counter() - begin, 3)
+        if self.args.task == "classification":
+            predicted = {row: self.data.labels[number] for row, number in predicted.items()}
+        return record, predicted
+
+    def loss(self, model, split):
+        """Return (summed loss, number of targets) over all ranks, and {row: class number} of this rank's rows."""
+        device, classes = self.accelerator.device, {}
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for columns, real, numbers in self.batches(split):
+            batch = self.collator(columns)
+            batch["labels"][~real] = IGNORE
+            batch = send_to_device(batch, device)
+            labels = batch.pop("labels")
+            logits = model(**batch).logits
+            sums += torch.stack([token_loss_sum(logits, labels).double(), (labels != IGNORE).sum().double()])
+            if self.args.task == "classification":
+                best = logits.argmax(-1).tolist()
+                classes |= {int(row): best[index] for index, row in enumerate(numbers) if real[index]}
+        loss_sum, targets = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return loss_sum, int(targets), classes
+
+    def generate(self, model, split):
+        """Return {row: generated text} of this rank's rows."""
+        args, texts = self.args, {}
+        inner = self.accelerator.unwrap_model(model)
+        plugin = self.accelerator.state.deepspeed_plugin
+        options = {
+            "max_new_tokens": args.generation_max_length or args.max_target_length,
+            "num_beams": args.generation_num_beams,
+            "do_sample": False,
+            # A rank whose texts have all ended must go on taking part in gathering the weights until the last one has.
+            "synced_gpus": plugin is not None and plugin.zero_stage == 3 and self.accelerator.num_processes > 1,
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+        for columns, real, numbers in self.batches(split):
+            prompts = send_to_device(self.collator.prompts(columns), self.accelerator.device)
+            with self.accelerator.autocast():
+                ids = inner.generate(**prompts, **options)
+            if args.task == "causal":
+                ids = ids[:, prompts["input_ids"].shape[1] :]
+            decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            texts |= {int(row): decoded[index] for index, row in enumerate(numbers) if real[index]}
+        return texts
+
+    def gather(self, mine):
+        """Return the union of the ranks' {row: value} on the main process, {} elsewhere."""
+        everyone = gather_object(list(mine.items()))
+        return dict(sorted(everyone)) if self.accelerator.is_main_process else {}
+
+    def score(self, split, predicted):
+        """Return the metrics' numbers for {row: prediction}; raises if a row is missing or counted twice."""
+        rows = self.data.rows[split]
+        if list(predicted) != list(range(len(rows))):
+            raise RuntimeError(f"{len(predicted)} predictions for the {len(rows)} rows of {split}")
+        if self.args.task == "classification":
+            references = [self.collator.class_numbers[label] for label in rows["label"]]
+        else:
+            references = rows["reference"][:]
+        numbers = {}
+        for module in self.metrics.values():
+            numbers |= module.compute(predictions=list(predicted.values()), references=references)
+        return {name: float(value) for name, value in numbers.items() if isinstance(value, (int, float))}
+
+    def prediction_rows(self, split, predicted):
+        """Return the lines of predictions.jsonl as dicts: the row's line in its file, source, reference, prediction."""
+        rows = self.data.rows[split]
+        for row, prediction in predicted.items():
+            columns = rows[row]
+            prompt = columns["input_ids"][: columns["prompt_length"]] if self.args.task == "causal" else columns["input_ids"]
+            source = self.tokenizer.decode(prompt, skip_special_tokens=True)
+            reference = columns["label"] if self.args.task == "classification" else columns["reference"]
+            yield {"line": columns["line"], "source": source, "reference": reference, "prediction": prediction}

@@ -1,0 +1,154 @@
+"""Load the tokenizer, the configuration and the model, and turn gradient checkpointing on so that frozen parts stay free."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from zerotune.errors import UserError
+
+AUTO_CLASSES = {
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "causal": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+}
+T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+
+
+def load_config_and_tokenizer(args):
+    """Return (model configuration, tokenizer); raise UserError in one line if either cannot be had or does not fit the task."""
+    try:
+        config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name_or_path {args.model_name_or_path}: {first_line(error)}") from None
+    name = args.tokenizer_name or args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tokenizer_name {name}: {first_line(error)}") from None
+    if type(config) not in AUTO_CLASSES[args.task]._model_mapping and not args.trust_remote_code:
+        fits = [task for task, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping]
+        raise UserError(f"--task {args.task}: a {config.model_type} model cannot do this; it fits {', '.join(fits) or 'no task'}")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"--tokenizer_name {name}: the tokenizer has neither a padding nor an end token")
+        # Padding is masked everywhere, so which token it is does not matter; GPT-2 and Llama come without one.
+        tokenizer.pad_token = tokenizer.eos_token
+    return config, tokenizer
+
+
+def first_line(error):
+    return str(error).strip().splitlines()[0][:300]
+
+
+def hidden_size(config):
+    """Return the width of the residual stream, by which DeepSpeed's "auto" sizes are chosen."""
+    text = config.get_text_config()
+    return getattr(text, "hidden_size", None) or text.d_model
+
+
+def load_model(args, config, tokenizer, labels, dtype):
+    """Return the pretrained model for args.task.
+
+    labels: class names, or None. dtype: torch.float32, which mixed precision outside DeepSpeed needs as master weights, or the
+    training precision under DeepSpeed, which keeps its own float32 masters. Under ZeRO-3 with zero.Init active (accelerate
+    switches it on with the plugin) each rank holds its shard alone from the first moment.
+    """
+    auto = AUTO_CLASSES[args.task]
+    if labels is not None:
+        config.num_labels = len(labels)
+        config.id2label, config.label2id = dict(enumerate(labels)), {name: number for number, name in enumerate(labels)}
+        config.problem_type = "single_label_classification"
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id  # sequence classifiers find the last real token by it
+    with separate_weights(auto, config, args.model_name_or_path):
+        try:
+            model = auto.from_pretrained(
+                args.model_name_or_path, config=config, dtype=dtype, trust_remote_code=args.trust_remote_code
+            )
+        except OSError as error:
+            raise UserError(f"--model_name_or_path {args.model_name_or_path}: {first_line(error)}") from None
+    if model.get_input_embeddings() is not None and args.task != "classification":
+        rows = model.config.get_text_config().vocab_size
+        if len(tokenizer) > rows:
+            raise UserError(f"the tokenizer has {len(tokenizer)} tokens, but the model only {rows} embeddings; give --tokenizer_name")
+    return model
+
+
+@contextlib.contextmanager
+def separate_weights(auto, config, name_or_path):
+    """Keep transformers from tying weights that the checkpoint stores as different ones.
+
+    T5 1.1 (flan-t5) has an lm_head of its own. transformers' T5 declares it tied and unties it if the loaded tensors differ;
+    under zero.Init all tensors are empty at that moment, so they look alike and the head would be lost without a word.
+    """
+    stored = stored_names(name_or_path)
+    model_class = auto._model_mapping.get(type(config), None)
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    declared = getattr(model_class, "_tied_weights_keys", None)
+    if not isinstance(declared, dict) or not stored:
+        yield
+        return
+    separate = {key for key, source in declared.items() if key in stored and source in stored and differ(stored, key, source)}
+    model_class._tied_weights_keys = {key: source for key, source in declared.items() if key not in separate}
+    try:
+        yield
+    finally:
+        model_class._tied_weights_keys = declared
+
+
+def stored_names(name_or_path):
+    """Return {tensor name: safetensors file} of a model folder or hub repository; {} if it has no safetensors."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    def find(file):
+        return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False)
+
+    index = find("model.safetensors.index.json")
+    if index is not None:
+        weight_map = json.loads(Path(index).read_text())["weight_map"]
+        files = {file: find(file) for file in set(weight_map.values())}
+        return {name: files[file] for name, file in weight_map.items()}
+    single = find("model.safetensors")
+    if single is None:
+        return {}
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def differ(stored, *names):
+    from safetensors import safe_open
+
+    tensors = []
+    for name in names:
+        with safe_open(stored[name], framework="pt") as file:
+            tensors.append(file.get_tensor(name))
+    return not torch.equal(*tensors)
+
+
+def enable_gradient_checkpointing(model):
+    """Recompute activations block by block in the backward pass, and nothing in a frozen prefix.
+
+    transformers makes the embeddings' output require gradients whenever checkpointing is on, which only reentrant
+    checkpointing needs; with it a frozen encoder would be recomputed and back-propagated in vain. Non-reentrant checkpointing
+    follows the real graph: blocks that need no gradient are run once, and anything trainable below a block still gets its own.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"--gradient_checkpointing: {type(model).__name__} does not support it")
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
+def count_partitioned(model):
+    """Return how many parameters already are ZeRO-3 shards: all of them if zero.Init worked while loading."""
+    return sum(hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -1,0 +1,58 @@
+"""Which parameters learn how: the parameter groups, the optimizer, and the learning rate as a function of the step."""
+
+import math
+
+import torch
+
+
+def lr_at(step, *, learning_rate, lr_scheduler_type, warmup_steps, max_steps):
+    """Return the learning rate of optimizer step `step`, counted from 0.
+
+    Warm-up is linear and its first step already learns: learning_rate x (step + 1) / warmup_steps. After it: constant, or
+    linear or cosine (half a period) from learning_rate towards 0, which would be reached at step max_steps.
+    """
+    if step < warmup_steps:
+        return learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    if lr_scheduler_type == "constant":
+        return learning_rate
+    if lr_scheduler_type == "linear":
+        return learning_rate * max(0.0, 1 - progress)
+    if lr_scheduler_type == "cosine":
+        return learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    raise ValueError(f"lr_scheduler_type {lr_scheduler_type!r} is none of constant, linear, cosine")
+
+
+def parameter_groups(model, weight_decay):
+    """Return [decayed, not decayed] groups of the trainable parameters, empty groups left out.
+
+    Biases and normalisation weights (everything with fewer than two dimensions) are not decayed. Frozen parameters are in no
+    group: no optimizer state is made for them, and weight decay cannot move them.
+    """
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Under zero.Init a parameter's own shape is (0,); DeepSpeed keeps the whole one in ds_shape.
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+            (decayed if dimensions >= 2 else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model, *, optim, learning_rate, weight_decay, on_host):
+    """Return the optimizer over the trainable parameters.
+
+    optim: adamw_torch, adamw_torch_fused or adafactor (fixed learning rate, as transformers' Trainer sets it).
+    on_host: DeepSpeed keeps optimizer states in host memory or on NVMe; AdamW is then DeepSpeed's own C++ one. accelerate
+    would make that exchange by itself and without a word, so it is made here, where the log and run.json show it.
+    """
+    groups = parameter_groups(model, weight_decay)
+    if on_host:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=learning_rate, adamw_mode=True)
+    if optim == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=optim == "adamw_torch_fused")

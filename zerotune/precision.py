@@ -1,0 +1,30 @@
+"""fp16's loss scale: count the steps that overflow, and stop a run that learns nothing any more."""
+
+from zerotune.errors import UserError
+
+PATIENCE = 20  # overflowed steps in a row at the smallest loss scale before the run stops
+
+
+class OverflowWatch:
+    """Counts optimizer steps skipped for overflowed fp16 gradients."""
+
+    def __init__(self, minimum=1.0):
+        """minimum: the loss scale under which scaling no longer helps (DeepSpeed's min_loss_scale; 1 elsewhere)."""
+        self.minimum, self.overflowed_steps, self.stuck = minimum, 0, 0
+
+    def after_step(self, step, skipped, loss_scale):
+        """Take note of one step; raise UserError after PATIENCE overflows in a row with the loss scale at its minimum."""
+        self.overflowed_steps += bool(skipped)
+        self.stuck = self.stuck + 1 if skipped and loss_scale <= self.minimum else 0
+        if self.stuck >= PATIENCE:
+            raise UserError(
+                f"step {step}: fp16 gradients overflowed {PATIENCE} steps in a row at the smallest loss scale ({self.minimum:g}), so "
+                "nothing is learned; use --mixed_precision bf16 (or no), or a smaller --learning_rate"
+            )
+
+
+def loss_scale(accelerator, optimizer):
+    """Return fp16's present loss scale, from accelerate's scaler or from DeepSpeed's optimizer."""
+    if accelerator.scaler is not None:
+        return accelerator.scaler.get_scale()
+    return float(optimizer.optimizer.loss_scale)

@@ -1,0 +1,202 @@
+"""What a run leaves for people and programs to read: run.json, metrics.jsonl, and the console.
+
+One record is one dict: the same numbers go to metrics.jsonl, to the console and to a tracker.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "evaluate", "peft")
+SECRET = re.compile(r"(token|secret|password|api_?key)(?!izer|s_)", re.IGNORECASE)
+GIB = 2**30
+
+
+def quiet_libraries():
+    """Keep the libraries' notices out of the log; their errors stay. Call it before they are imported."""
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",  # forked data workers would warn about it on every start
+        "TRANSFORMERS_VERBOSITY": "error",
+        "ACCELERATE_LOG_LEVEL": "ERROR",
+        "DS_LOG_LEVEL": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    for name in ("accelerate", "datasets", "torch", "bitsandbytes", "fsspec"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def write_json(path, content):
+    """Write a JSON file so that a reader sees the old or the new one, never a part."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    os.replace(temporary, path)
+
+
+def environment_facts():
+    """Return versions, commit, command line and machine; nothing secret is in them."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    root = Path(__file__).resolve().parents[1]
+    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    return {"versions": versions, "git_commit": commit or None, "command_line": redact(sys.argv), "device": device}
+
+
+def redact(words):
+    """Return a command line with the values of flags that look like secrets hidden."""
+    result = []
+    for word in words:
+        flag, _, value = word.partition("=")
+        if result and SECRET.search(result[-1]) and result[-1].startswith("--") and "=" not in result[-1]:
+            word = "***"
+        elif flag.startswith("--") and value and SECRET.search(flag):
+            word = f"{flag}=***"
+        result.append(word)
+    return result
+
+
+def peak_memory():
+    """Return peak_device_memory_gib (torch's allocator; 0 without a GPU) and peak_host_memory_gib (resident) of this process."""
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"peak_device_memory_gib": round(device / GIB, 3), "peak_host_memory_gib": round(host / GIB, 3)}
+
+
+class Console:
+    """Prints on one rank: a progress bar where there is a terminal, plain lines where there is none."""
+
+    def __init__(self, active):
+        self.active, self.bar = active, None
+        self.terminal = sys.stderr.isatty()
+
+    def say(self, text):
+        if self.active:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def start(self, step, max_steps):
+        if self.active and self.terminal:
+            self.bar = tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def advance(self):
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, record):
+        """Show a record: beside the bar if it is a training one and there is a bar, else as a line."""
+        if self.bar is not None and "loss" in record:
+            memory = record["peak_device_memory_gib"] or record["peak_host_memory_gib"]
+            numbers = f"{record['tokens_per_second']:,.0f} tokens/s, {memory:.1f} GiB"
+            self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {numbers}")
+        else:
+            self.say("  ".join(f"{key} {number(value)}" for key, value in record.items() if not isinstance(value, (dict, list))))
+
+    def stop(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def number(value):
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return str(value)
+
+
+class Metrics:
+    """metrics.jsonl, the console and a tracker, fed with the same records; only the main process writes."""
+
+    def __init__(self, output_dir, console, accelerator, step):
+        """step: where the run starts; records of later steps, from a run that was cut off, are taken out of the file."""
+        self.path, self.console, self.accelerator = Path(output_dir) / "metrics.jsonl", console, accelerator
+        if accelerator.is_main_process:
+            kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= step] if self.path.exists() else []
+            temporary = Path(f"{self.path}.tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, self.path)
+
+    def write(self, record):
+        if self.accelerator.is_main_process:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        self.console.show(record)
+        scalars = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
+        self.accelerator.log(scalars, step=record["step"])
+
+
+def step_of(line):
+    """Return a record's step; a line torn by a kill counts as later than any."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+class Window:
+    """Sums over the steps since the last record; tensors stay on the device until `record` reads them, once."""
+
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
+        self.restart()
+
+    def restart(self):
+        self.loss_sum = torch.zeros((), device=self.accelerator.device, dtype=torch.float64)
+        self.target_tokens = torch.zeros((), device=self.accelerator.device, dtype=torch.float64)
+        self.real_tokens = self.padded_tokens = self.steps = 0
+        self.begin = time.perf_counter()
+
+    def add_tokens(self, counts):
+        """counts: (real tokens, tokens with padding) of one micro-batch."""
+        self.real_tokens, self.padded_tokens = self.real_tokens + counts[0], self.padded_tokens + counts[1]
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave what happens inside (an evaluation, a save) out of the step time."""
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
+
+    def record(self, step, epoch, learning_rate, grad_norm, **more):
+        """Return the training record of the steps since the last one, over all ranks, and start the next window."""
+        memory = peak_memory()
+        host = [self.real_tokens, self.padded_tokens, *memory.values()]
+        mine = torch.cat([self.loss_sum[None], torch.tensor(host, device=self.accelerator.device, dtype=torch.float64)])
+        ranks = self.accelerator.gather(mine[None])
+        loss_sum, real, padded = ranks[:, :3].sum(0).tolist()
+        seconds, targets = time.perf_counter() - self.begin, self.target_tokens.item()
+        record = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": loss_sum / targets,
+            "learning_rate": learning_rate,
+            "grad_norm": float(grad_norm),
+            "target_tokens": int(targets),
+            "tokens_per_second": round(real / seconds, 1),
+            "padding_fraction": round(1 - real / padded, 4),
+            "step_seconds": round(seconds / self.steps, 4),
+            **dict(zip(memory, ranks[:, 3:].max(0).values.tolist(), strict=True)),
+            **more,
+        }
+        self.restart()
+        return record
