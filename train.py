@@ -9,37 +9,38 @@
 `token_loss_sum`, called once in the loop; the rows are made in zerotune/data.py; what learns is decided at "freezing".
 """
 
+import zerotune.quiet  # noqa: F401  before all others: the libraries read their log levels when they are imported
+
+# isort: split
 import json
 import math
+import os
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from zerotune import records
-
-records.quiet_libraries()
-
-import torch  # noqa: E402  the libraries read their log levels when they are imported
-from accelerate import Accelerator  # noqa: E402
-from accelerate.utils import (  # noqa: E402
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     send_to_device,
     set_seed,
 )
-from torch.utils.data import DataLoader  # noqa: E402
+from torch.utils.data import DataLoader
 
-from zerotune import checkpoint  # noqa: E402
-from zerotune.arguments import parse_arguments  # noqa: E402
-from zerotune.data import Collator, Data, TrainingSteps, count_tokens  # noqa: E402
-from zerotune.errors import UserError  # noqa: E402
-from zerotune.evaluation import Evaluator  # noqa: E402
-from zerotune.export import export  # noqa: E402
-from zerotune.freezing import GradientWatch, apply_rules  # noqa: E402
-from zerotune.loss import count_targets, token_loss_sum  # noqa: E402
-from zerotune.model import (  # noqa: E402
+from zerotune import checkpoint, records
+from zerotune.arguments import parse_arguments
+from zerotune.data import Collator, Data, TrainingSteps, count_tokens, describe
+from zerotune.deepspeed_config import has_cuda
+from zerotune.errors import UserError
+from zerotune.evaluation import Evaluator
+from zerotune.export import export
+from zerotune.freezing import GradientWatch, apply_rules
+from zerotune.loss import count_targets, token_loss_sum
+from zerotune.model import (
     T5_FAMILY,
     count_partitioned,
     enable_gradient_checkpointing,
@@ -47,9 +48,9 @@ from zerotune.model import (  # noqa: E402
     load_config_and_tokenizer,
     load_model,
 )
-from zerotune.optimizer import build_optimizer, lr_at  # noqa: E402
-from zerotune.precision import OverflowWatch, loss_scale  # noqa: E402
-from zerotune.strategy import check_processes, engine_facts, has_cuda, launched_strategy  # noqa: E402
+from zerotune.optimizer import build_optimizer, lr_at
+from zerotune.precision import OverflowWatch, loss_scale
+from zerotune.strategy import check_processes, engine_facts, launched_strategy
 
 
 def main():
@@ -79,7 +80,9 @@ def main():
     check_processes(accelerator)
     world = accelerator.num_processes
     console = records.Console(accelerator.is_main_process)
-    console.say(f"strategy: {strategy.name}, {world} process(es), {accelerator.device.type}, mixed precision {args.mixed_precision}")
+    console.say(
+        f"strategy: {strategy.name}, {world} process(es), {accelerator.device.type}, mixed precision {args.mixed_precision}"
+    )
     if args.mixed_precision == "fp16" and config.model_type in T5_FAMILY:
         console.say("warning: T5's feed-forward output overflows in fp16 on many inputs; bf16 is safe where the hardware has it")
 
@@ -88,12 +91,14 @@ def main():
     data = first_on_each_node(accelerator, lambda: Data(args, tokenizer, model_labels=named))
     data_report = data.report(args)
     for split, facts in data_report.items():
-        console.say(f"data: {split}: {json.dumps(facts)}")
+        console.say(f"data: {describe(split, facts)}")
 
     # ---- model, freezing -------------------------------------------------------------------------------------------------
     set_seed(args.seed)  # the same on every rank: a new classification head starts alike everywhere
     precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
-    model = load_model(args, config, tokenizer, data.labels, dtype=precision if deepspeed_plugin else torch.float32)
+    model, new_weights = load_model(args, config, tokenizer, data.labels, dtype=precision if deepspeed_plugin else torch.float32)
+    if new_weights:
+        console.say(f"model: weights that the checkpoint does not have start new: {', '.join(new_weights)}")
     num_partitioned = count_partitioned(model)
     freeze_report = apply_rules(model, args.freeze, args.unfreeze)
     if args.gradient_checkpointing:
@@ -165,7 +170,7 @@ def main():
     backward_options = {"scale_wrt_gas": False} if deepspeed_plugin else {}
     watch, overflow = GradientWatch(model), OverflowWatch(minimum=smallest_loss_scale(deepspeed_plugin))
     window = records.Window(accelerator)
-    evaluated_at = saved_at = None
+    evaluated_at = None
     console.start(step, max_steps)
     for micro_batches in loader:
         learning_rate = lr_at(
@@ -274,8 +279,6 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        import os
-
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(f"train.py: error: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
         else:

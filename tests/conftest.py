@@ -41,8 +41,8 @@ def tiny_config(family, dropout):
     size, common = len(WORDS) + len(SPECIALS), {"pad_token_id": 0, "eos_token_id": 1}
     if family in ("t5", "t5_classifier"):
         config = t.T5Config(
-            vocab_size=size, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=dropout, classifier_dropout=dropout,
-            decoder_start_token_id=0, **common,
+            vocab_size=size, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=dropout,
+            classifier_dropout=dropout, decoder_start_token_id=0, **common,
         )  # fmt: skip
         return t.T5ForConditionalGeneration if family == "t5" else t.T5ForSequenceClassification, config
     if family in ("bart", "bart_classifier"):
@@ -81,7 +81,12 @@ def save_tokenizer(folder):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>", model_max_length=128
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        model_max_length=128,
     ).save_pretrained(folder)
 
 
@@ -141,6 +146,8 @@ def flags_of(options):
     """Return {name: value} as a command line."""
     words = []
     for name, value in options.items():
+        if value is None:
+            continue
         words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return words
 

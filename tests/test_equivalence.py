@@ -75,7 +75,7 @@ def reference(folder, path, causal, parts=1, mean_of_means=False):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * ((step + 1) / WARMUP if step < WARMUP else after)
         total = 0.0
-        cut = [rows] if parts == 1 else [rows[::-1][i :: parts] for i in range(parts)]
+        cut = [rows] if parts == 1 else [rows[::-1][i::parts] for i in range(parts)]
         for part in cut:
             if mean_of_means:
                 loss = batch_loss(model, part, causal, "mean") / parts

@@ -1,7 +1,7 @@
 """Every flag of train.py: name, unit, default, and the checks that need nothing but the flags and the file system.
 
 Flags carry their transformers.TrainingArguments name where the meaning is the same. What a DeepSpeed JSON or an accelerate YAML
-decides (stage, offload, number of processes) is no flag. `python -m zerotune.arguments --flags...` checks flags and exits.
+decides (stage, offload, number of processes) is no flag.
 """
 
 import os
@@ -45,7 +45,9 @@ class DataArguments:
         None, "Column of the text: classification (default: text), or causal rows that are one text, all of it learned."
     )
     label_column: str = flag("label", "Column of the class (classification).")
-    labels: list[str] = flag([], "The classes, in the order of their numbers (classification; default: the training file's, sorted).")
+    labels: list[str] = flag(
+        [], "The classes, in the order of their numbers (classification; default: the training file's, sorted)."
+    )
     source_prefix: str = flag("", "Text put before each source, e.g. 'summarize: '.")
     source_suffix: str | None = flag(None, "Text put after each source. Default: nothing; for causal pairs a line break.")
     max_source_length: int = flag(512, "Longest source (or one-text row), in tokens; longer ones are truncated and counted.")
@@ -59,7 +61,8 @@ class DataArguments:
 class FreezingArguments:
     _argument_group_name = "freezing"
     freeze: list[str] = flag(
-        [], "Rules applied in order: all, encoder, decoder, embeddings, backbone, head, encoder.layers[:6], layers[-2:], re:PATTERN."
+        [],
+        "Rules applied in order: all, encoder, decoder, embeddings, backbone, head, encoder.layers[:6], layers[-2:], re:PATTERN.",
     )
     unfreeze: list[str] = flag([], "Rules applied in order after --freeze.")
     allow_unused: bool = flag(False, "Go on if a trainable parameter has had no gradient after the first step.")
@@ -209,10 +212,3 @@ def check_arguments(args):
         parent = next(p for p in (out, *out.resolve().parents) if p.exists())
         need(os.access(parent, os.W_OK), f"--output_dir {out}: {parent} is not writable")
     return problems
-
-
-if __name__ == "__main__":
-    try:
-        parse_arguments()
-    except UserError as error:
-        sys.exit("\n".join(f"train.py: error: {problem}" for problem in error.problems))

@@ -60,7 +60,9 @@ def find(output_dir, resume_from_checkpoint, overwrite_output_dir):
         return None
     folder = Path(resume_from_checkpoint)
     if not (folder / "position.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {folder}: no complete checkpoint; allowed: auto, none, or a checkpoint-<step> folder")
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: no complete checkpoint; allowed: auto, none, or a checkpoint-<step> folder"
+        )
     return folder
 
 

@@ -11,7 +11,6 @@ into memory. A row's columns:
     length, num_targets, source_cut, target_cut, line   int; error  str, empty for a good row
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -25,88 +24,14 @@ import torch
 
 from zerotune.batches import deal, rows_of_step
 from zerotune.errors import UserError, nearest
+from zerotune.files import read_rows
 from zerotune.loss import IGNORE
 
 FORMAT = 1  # of the cached rows: raise it when encode() changes what it writes
+FLAGS_OF_ROWS = (
+    "task source_column target_column text_column label_column source_prefix source_suffix max_source_length max_target_length"
+)
 SPLITS = {"train": "train_file", "validation": "validation_file", "test": "test_file"}
-
-
-def read_rows(path):
-    """Yield {line, record, error} for each row of a file: record is the row as JSON text, error says why there is none."""
-    suffix = Path(path).suffix
-    if suffix == ".txt":
-        rows = ((line, {"text": text}, "") for line, text in text_lines(path) if text.strip())
-    elif suffix in (".csv", ".tsv"):
-        rows = csv_rows(path, "," if suffix == ".csv" else "\t")
-    else:
-        rows = json_rows(path)
-    for line, record, error in rows:
-        yield {"line": line, "record": json.dumps(record), "error": error}
-
-
-def text_lines(path):
-    """Yield (line number, text without its line break); bytes that are not UTF-8 raise UserError."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-
-
-def csv_rows(path, delimiter):
-    """Yield (line, record, error) of a delimited file with a header; the line is the one on which the row begins."""
-    csv.field_size_limit(2**31 - 1)
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header, begin = next(reader, []), 2
-        try:
-            for fields in reader:
-                if fields and len(fields) != len(header):
-                    yield begin, {}, f"{len(fields)} fields, but the header has {len(header)}"
-                elif fields:
-                    yield begin, dict(zip(header, fields, strict=True)), ""
-                begin = reader.line_num + 1
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}:{begin}: the rest of the file cannot be read: {error}") from None
-
-
-def json_rows(path):
-    """Yield (line, record, error) of JSON Lines, or of a file that is one JSON array of objects."""
-    lines = text_lines(path)
-    first = next(((number, text) for number, text in lines if text.strip()), None)
-    if first and first[1].lstrip().startswith("["):
-        yield from json_array(path)
-        return
-    if first:
-        yield json_line(*first)
-    for number, text in lines:
-        if text.strip():
-            yield json_line(number, text)
-
-
-def json_line(number, text):
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        return number, {}, f"broken JSON: {error}"
-    return (number, record, "") if isinstance(record, dict) else (number, {}, f"a JSON {type(record).__name__}, not an object")
-
-
-def json_array(path):
-    text = Path(path).read_text("utf-8-sig")
-    decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
-        line, counted = line + text.count("\n", counted, position), position
-        if text[position : position + 1] == "]":
-            return
-        try:
-            record, position = decoder.raw_decode(text, position)
-        except ValueError as error:
-            raise UserError(f"{path}:{line}: broken JSON, the rest of the file cannot be read: {error}") from None
-        yield (line, record, "") if isinstance(record, dict) else (line, {}, f"a JSON {type(record).__name__}, not an object")
 
 
 def text_of(record, column, flag, allow_empty=False):
@@ -225,7 +150,9 @@ def load_split(split, args, tokenizer):
         if split not in hub:
             return None, None, False
         identity = hub[split]._fingerprint
-    flags = "task source_column target_column text_column label_column source_prefix source_suffix max_source_length max_target_length"
+    flags = (
+        "task source_column target_column text_column label_column source_prefix source_suffix max_source_length max_target_length"
+    )
     parts = [FORMAT, identity, Path(path).suffix if path else "", *(getattr(args, name) for name in flags.split())]
     digest = hashlib.sha256((json.dumps(parts) + tokenizer_identity(tokenizer)).encode()).hexdigest()[:32]
     root = Path(datasets.config.HF_DATASETS_CACHE) / "zerotune"
@@ -265,7 +192,9 @@ def raw_rows(path, hub_split, scratch):
         generator, options = table_rows, {"table": table}
     else:
         generator, options = read_rows, {"path": str(path)}
-    features = datasets.Features({name: datasets.Value(kind) for name, kind in (("line", "int64"), ("record", "string"), ("error", "string"))})
+    features = datasets.Features(
+        {name: datasets.Value(kind) for name, kind in (("line", "int64"), ("record", "string"), ("error", "string"))}
+    )
     try:
         return datasets.Dataset.from_generator(generator, features=features, cache_dir=scratch, gen_kwargs=options)
     except datasets.exceptions.DatasetGenerationError as error:
@@ -336,11 +265,26 @@ class Data:
             facts["length_tokens"] = {f"p{q}": int(np.percentile(lengths, q)) for q in (0, 50, 90, 99, 100)}
             for part in ("source", "target"):
                 cut = np.asarray(rows[f"{part}_cut"][:])
-                facts[f"truncated_{part}s"] = {"rows": int((cut > 0).sum()), "tokens": int(cut.sum()), "longest_cut": int(cut.max())}
+                facts[f"truncated_{part}s"] = {
+                    "rows": int((cut > 0).sum()),
+                    "tokens": int(cut.sum()),
+                    "longest_cut": int(cut.max()),
+                }
             if self.labels is not None:
                 facts["labels"] = dict(Counter(rows["label"][:]))
             report[split] = facts
         return report
+
+
+def describe(split, facts):
+    """Return one line of text for the log from a split's part of Data.report."""
+    lengths = " ".join(f"{name} {value}" for name, value in facts["length_tokens"].items())
+    text = f"{split}: {facts['rows']:,} rows, {facts['bad_rows']} bad ones left out, tokens a row: {lengths}"
+    for part in ("source", "target"):
+        cut = facts[f"truncated_{part}s"]
+        if cut["rows"]:
+            text += f"; {cut['rows']:,} {part}s truncated by {cut['tokens']:,} tokens (one by {cut['longest_cut']:,})"
+    return text
 
 
 class Collator:
@@ -385,7 +329,12 @@ class TrainingSteps(torch.utils.data.Dataset):
 
     def __init__(self, data, collator, args, num_processes, rank):
         self.rows, self.lengths, self.collator = data.rows["train"], data.lengths["train"], collator
-        self.seed, self.accumulation, self.num_processes, self.rank = args.seed, args.gradient_accumulation_steps, num_processes, rank
+        self.seed, self.accumulation, self.num_processes, self.rank = (
+            args.seed,
+            args.gradient_accumulation_steps,
+            num_processes,
+            rank,
+        )
         self.batch_size = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
 
     def __getitem__(self, step):

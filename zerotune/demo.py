@@ -1,11 +1,16 @@
 """The embedded default: a small T5 and a real data set from what every machine with Python has, its standard library.
 
-    python -m zerotune.demo OUTPUT_DIR
+    python -m zerotune.demo build OUTPUT_DIR
+    python -m zerotune.demo report RUN_DIR...
 
-writes OUTPUT_DIR/{train,validation,test}.jsonl with rows {source, target, module}: a function's source without its docstring, and
-the first sentence of the docstring; and OUTPUT_DIR/model, an untrained T5 with a BPE tokenizer trained on the training rows.
+The first writes OUTPUT_DIR/{train,validation,test}.jsonl with rows {source, target, module}: a function's source without its docstring, and
+the first sentence of the docstring; and OUTPUT_DIR/model, an untrained T5 with a BPE tokenizer trained on the training rows; the second
+prints a table over finished runs on it.
 """
 
+import zerotune.quiet  # noqa: F401  before the libraries
+
+# isort: split
 import ast
 import hashlib
 import json
@@ -127,8 +132,46 @@ def build(output_dir):
     return {split: len(rows) for split, rows in splits.items()}
 
 
+def report(*folders):
+    """Return the lines of a table over finished runs, then three of the last run's predictions and where its model is."""
+    rows = [("", *(Path(folder).name for folder in folders))]
+    runs = [json.loads((Path(folder) / "run.json").read_text()) for folder in folders]
+    records = [[json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+
+    def row(name, values):
+        rows.append((name, *values))
+
+    training = [[record for record in run if "loss" in record] for run in records]
+    tests = [next(record for record in reversed(run) if "test_loss" in record) for run in records]
+    row("strategy", (f"ZeRO-{run['engine']['zero_stage']}, offload {run['engine']['offload_param']}" for run in runs))
+    row("processes, device", (f"{run['engine']['num_processes']}, {run['engine']['device']}" for run in runs))
+    row("trainable parameters", (f"{run['parameters']['trainable']:,} of {run['parameters']['total']:,}" for run in runs))
+    row("steps", (str(run["max_steps"]) for run in runs))
+    row("training loss, first record", (f"{run[0]['loss']:.3f}" for run in training))
+    row("training loss, last record", (f"{run[-1]['loss']:.3f}" for run in training))
+    row("test loss", (f"{record['test_loss']:.3f}" for record in tests))
+    row("test ROUGE-L", (f"{record['test_rougeL']:.3f}" for record in tests))
+    speeds = (sorted(record["tokens_per_second"] for record in run)[len(run) // 2] for run in training)
+    row("real tokens/s, median", (f"{speed:,.0f}" for speed in speeds))
+    for kind in ("device", "host"):
+        peaks = [max(record[f"peak_{kind}_memory_gib"] for record in run) for run in training]
+        if any(peaks):
+            row(f"peak {kind} memory of a process", (f"{peak:.2f} GiB" for peak in peaks))
+    widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    predictions = [json.loads(line) for line in (Path(folders[-1]) / "predictions.jsonl").read_text().splitlines()]
+    for sample in predictions[:: max(1, len(predictions) // 3)][:3]:
+        lines += ["", f"function:   {sample['source'].splitlines()[0][:100]}"]
+        lines += [f"reference:  {sample['reference'][:100]}", f"prediction: {sample['prediction'][:100]}"]
+    return [*lines, "", f'load it:    AutoModelForSeq2SeqLM.from_pretrained("{Path(folders[-1]) / "final"}")']
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m zerotune.demo OUTPUT_DIR")
-    for split, count in build(sys.argv[1]).items():
-        print(f"{split}: {count} rows")
+    if len(sys.argv) == 3 and sys.argv[1] == "build":
+        for split, count in build(sys.argv[2]).items():
+            print(f"{split}: {count:,} rows")
+    elif len(sys.argv) > 2 and sys.argv[1] == "report":
+        print("\n".join(report(*sys.argv[2:])))
+    else:
+        sys.exit("usage: python -m zerotune.demo build OUTPUT_DIR | report RUN_DIR...")

@@ -78,7 +78,9 @@ class Evaluator:
         if self.args.task != "classification":
             record["perplexity" if prefix == "eval" else f"{prefix}_perplexity"] = math.exp(min(loss_sum / targets, 700))
         if predicted:
-            record |= {name if prefix == "eval" else f"{prefix}_{name}": value for name, value in self.score(split, predicted).items()}
+            record |= {
+                name if prefix == "eval" else f"{prefix}_{name}": value for name, value in self.score(split, predicted).items()
+            }
         record[f"{prefix}_seconds"] = round(time.perf_counter() - begin, 3)
         if self.args.task == "classification":
             predicted = {row: self.data.labels[number] for row, number in predicted.items()}

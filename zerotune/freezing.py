@@ -113,7 +113,7 @@ def blocks_of_slice(model, rule, blocks):
     if not colon:
         if not bounds:
             raise UserError(f"rule {rule!r} has no block number; {path} has {length} blocks, e.g. layers[-1] or layers[:2]")
-        chosen = range(length)[bounds[0]:][:1] if -length <= bounds[0] < length else range(0)
+        chosen = range(length)[bounds[0] :][:1] if -length <= bounds[0] < length else range(0)
     else:
         outside = any(not -length <= bound <= length for bound in bounds)
         chosen = range(0) if outside else range(length)[int(start) if start else None : int(stop) if stop else None]

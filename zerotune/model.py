@@ -56,7 +56,7 @@ def hidden_size(config):
 
 
 def load_model(args, config, tokenizer, labels, dtype):
-    """Return the pretrained model for args.task.
+    """Return (the pretrained model for args.task, names of weights that the checkpoint lacks and that start new).
 
     labels: class names, or None. dtype: torch.float32, which mixed precision outside DeepSpeed needs as master weights, or the
     training precision under DeepSpeed, which keeps its own float32 masters. Under ZeRO-3 with zero.Init active (accelerate
@@ -71,16 +71,32 @@ def load_model(args, config, tokenizer, labels, dtype):
         config.pad_token_id = tokenizer.pad_token_id  # sequence classifiers find the last real token by it
     with separate_weights(auto, config, args.model_name_or_path):
         try:
-            model = auto.from_pretrained(
-                args.model_name_or_path, config=config, dtype=dtype, trust_remote_code=args.trust_remote_code
+            model, info = auto.from_pretrained(
+                args.model_name_or_path,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=args.trust_remote_code,
+                ignore_mismatched_sizes=labels is not None,  # a head for other classes is replaced by a new one
+                output_loading_info=True,
             )
         except OSError as error:
             raise UserError(f"--model_name_or_path {args.model_name_or_path}: {first_line(error)}") from None
+        except RuntimeError as error:  # under zero.Init transformers cannot replace a head of another size
+            if "size mismatch" not in str(error):
+                raise
+            mismatch = " ".join(str(error)[str(error).index("size mismatch") :].split())[:200]
+            raise UserError(
+                f"--model_name_or_path {args.model_name_or_path}: {mismatch}; ZeRO-3 cannot replace weights of another size on "
+                "loading: use zero2, or a checkpoint without them"
+            ) from None
     if model.get_input_embeddings() is not None and args.task != "classification":
         rows = model.config.get_text_config().vocab_size
         if len(tokenizer) > rows:
-            raise UserError(f"the tokenizer has {len(tokenizer)} tokens, but the model only {rows} embeddings; give --tokenizer_name")
-    return model
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens, but the model only {rows} embeddings; give --tokenizer_name"
+            )
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    return model, sorted(set(info["missing_keys"]) | mismatched)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ class OverflowWatch:
         self.stuck = self.stuck + 1 if skipped and loss_scale <= self.minimum else 0
         if self.stuck >= PATIENCE:
             raise UserError(
-                f"step {step}: fp16 gradients overflowed {PATIENCE} steps in a row at the smallest loss scale ({self.minimum:g}), so "
-                "nothing is learned; use --mixed_precision bf16 (or no), or a smaller --learning_rate"
+                f"step {step}: fp16 gradients overflowed {PATIENCE} steps in a row at the smallest loss scale "
+                f"({self.minimum:g}), so nothing is learned; use --mixed_precision bf16 (or no), or a smaller --learning_rate"
             )
 
 

@@ -6,7 +6,6 @@ One record is one dict: the same numbers go to metrics.jsonl, to the console and
 import contextlib
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import re
@@ -14,7 +13,6 @@ import resource
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -23,23 +21,6 @@ from tqdm.auto import tqdm
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "evaluate", "peft")
 SECRET = re.compile(r"(token|secret|password|api_?key)(?!izer|s_)", re.IGNORECASE)
 GIB = 2**30
-
-
-def quiet_libraries():
-    """Keep the libraries' notices out of the log; their errors stay. Call it before they are imported."""
-    quiet = {
-        "TOKENIZERS_PARALLELISM": "false",  # forked data workers would warn about it on every start
-        "TRANSFORMERS_VERBOSITY": "error",
-        "ACCELERATE_LOG_LEVEL": "ERROR",
-        "DS_LOG_LEVEL": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    }
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    for name in ("accelerate", "datasets", "torch", "bitsandbytes", "fsspec"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
 
 
 def write_json(path, content):

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Launch train.py under a strategy:
+#   STRATEGY=zero3_offload NUM_PROCESSES=4 bash scripts/launch.sh --model_name_or_path ... --train_file ... --output_dir ...
+# The flags, files and the DeepSpeed JSON are checked first: a mistake costs a second and a line, and exit code 2.
+# DRY_RUN=1 prints the command instead of running it. Environment, with defaults:
+#   STRATEGY=zero2         a file of accelerate_configs/ without .yaml
+#   NUM_PROCESSES          GPUs here, or 2 processes on the CPU; with several machines: over all of them
+#   NUM_MACHINES=1         with MACHINE_RANK, MAIN_PROCESS_IP and MAIN_PROCESS_PORT for more
+#   OMP_NUM_THREADS        cores divided by the processes of this machine
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+PYTHON="${PYTHON:-python3}"
+[[ -x $ROOT/.venv/bin/python && $PYTHON == python3 ]] && PYTHON="$ROOT/.venv/bin/python"
+STRATEGY="${STRATEGY:-zero2}"
+NUM_MACHINES="${NUM_MACHINES:-1}"
+config="$ROOT/accelerate_configs/$STRATEGY.yaml"
+if [[ ! -f $config ]]; then
+    allowed="$(basename -s .yaml "$ROOT"/accelerate_configs/*.yaml | tr '\n' ' ')"
+    echo "launch.sh: STRATEGY=$STRATEGY is not known; allowed: $allowed" >&2
+    exit 2
+fi
+
+gpus="$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)"
+if [[ $STRATEGY == single ]]; then
+    NUM_PROCESSES="${NUM_PROCESSES:-1}"
+else
+    NUM_PROCESSES="${NUM_PROCESSES:-$((gpus > 0 ? gpus * NUM_MACHINES : 2))}"
+fi
+if ((gpus == 0)); then
+    export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" # DeepSpeed would warn that it finds no GPU
+fi
+here=$((NUM_PROCESSES / NUM_MACHINES))
+cores="$(nproc)"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > here ? cores / here : 1))}"
+
+accelerate="$(dirname "$(command -v "$PYTHON")")/accelerate"
+launch=("$accelerate")
+[[ -x $accelerate ]] || launch=("$PYTHON" -m accelerate.commands.accelerate_cli)
+launch+=(launch --config_file "$config" --num_processes "$NUM_PROCESSES")
+if ((NUM_MACHINES > 1)); then
+    launch+=(--num_machines "$NUM_MACHINES" --machine_rank "${MACHINE_RANK:?0 to $((NUM_MACHINES - 1))}")
+    launch+=(--main_process_ip "${MAIN_PROCESS_IP:?the address of machine 0}" --main_process_port "${MAIN_PROCESS_PORT:-29500}")
+    [[ $STRATEGY == zero* ]] && launch+=(--deepspeed_multinode_launcher standard)
+fi
+launch+=("$ROOT/train.py" "$@")
+
+for word in "$@"; do
+    if [[ $word == --help || $word == -h ]]; then
+        exec "$PYTHON" "$ROOT/train.py" --help
+    fi
+done
+PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m zerotune.strategy "$config" "$@"
+if [[ ${DRY_RUN:-0} == 1 ]]; then
+    printf 'OMP_NUM_THREADS=%s %s' "$OMP_NUM_THREADS" "${DS_ACCELERATOR:+DS_ACCELERATOR=$DS_ACCELERATOR }"
+    printf '%q ' "${launch[@]}"
+    echo
+    exit 0
+fi
+exec "${launch[@]}"

@@ -1,0 +1,257 @@
+"""A DeepSpeed JSON: read, checked against the keys that DeepSpeed knows, and every "auto" in it resolved from train.py's flags.
+
+The JSON is the home of the memory strategy (stage, offload, buckets). What it repeats of the flags is "auto" or equal to them; what
+DeepSpeed and run.json get is complete.
+"""
+
+import copy
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from zerotune.errors import UserError, nearest
+
+TOP_KEYS = set(
+    (
+        "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
+        "zero_optimization aio activation_checkpointing communication_data_type prescale_gradients "
+        "gradient_predivide_factor gradient_allreduce_op sparse_gradients disable_allgather steps_per_print "
+        "dump_state wall_clock_breakdown memory_breakdown checkpoint data_types torch_autocast compile flops_profiler "
+        "comms_logger tensorboard wandb csv_monitor log_level disable_python_gc"
+    ).split()
+)
+OFFLOAD_KEYS = set("device nvme_path buffer_count pin_memory".split())
+SECTIONS = {  # section -> the keys it may hold; a test compares them with DeepSpeed's own models
+    "zero_optimization": set(
+        (
+            "stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce "
+            "allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights "
+            "elastic_checkpoint offload_param offload_optimizer sub_group_size stage3_prefetch_bucket_size "
+            "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
+            "stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold "
+            "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential ignore_unused_parameters legacy_stage1 "
+            "round_robin_gradients parameter_alignment zero_hpz_partition_size zero_quantized_weights "
+            "zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear "
+            "pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks "
+            "save_muon_momentum_buffer_in_memory leaf_module zenflow"
+        ).split()
+    ),
+    "zero_optimization.offload_optimizer": OFFLOAD_KEYS
+    | set("pipeline_read pipeline_write fast_init ratio super_offload cpuadam_cores_perc".split()),
+    "zero_optimization.offload_param": OFFLOAD_KEYS | {"buffer_size", "max_in_cpu"},
+    "bf16": set(("enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states").split()),
+    "fp16": set(
+        (
+            "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
+            "min_loss_scale fp16_master_weights_and_grads"
+        ).split()
+    ),
+    "aio": set("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds".split()),
+}
+LEARNING_KEYS = {  # what a DeepSpeed JSON may not say, and the flags that do
+    "optimizer": "--optim, --learning_rate and --weight_decay",
+    "scheduler": "--lr_scheduler_type and --warmup_steps",
+    "zero_allow_untested_optimizer": "--optim",
+    "zero_force_ds_cpu_optimizer": "--optim",
+}
+
+
+def section(config, path):
+    """Return the dict at a dotted path of a DeepSpeed config, or {} where there is none."""
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else {}
+
+
+def read_deepspeed_config(path):
+    """Return the JSON file as a dict; raise UserError if it is missing or not JSON.
+
+    A relative path that is not under the working folder is one of this repository's (accelerate_configs/*.yaml name them so).
+    """
+    try:
+        file = Path(path) if Path(path).exists() else Path(__file__).resolve().parents[1] / path
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; the accelerate YAML's deepspeed_config_file names it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: must be a JSON object")
+    return config
+
+
+def check_keys(config, name):
+    """Return problems with keys: unknown ones (with the nearest known), misplaced ones, and those that are flags' business."""
+    problems = []
+    homes = {key: path for path, keys in SECTIONS.items() for key in keys}
+    for path, known in [("", TOP_KEYS), *SECTIONS.items()]:
+        for key in section(config, path) if path else config:
+            place = f"{path}.{key}" if path else key
+            if key in known:
+                continue
+            if not path and key in LEARNING_KEYS:
+                problems.append(f"{name}: {key!r} is decided by {LEARNING_KEYS[key]} of train.py; remove it here")
+            elif key in homes or key in TOP_KEYS:
+                home = homes.get(key) or "the top level"
+                problems.append(f"{name}: {place} is misplaced; it belongs in {home}")
+            else:
+                problems.append(f"{name}: unknown key {place}{nearest(key, known)}")
+    return problems
+
+
+def check_zero(config, name):
+    """Return problems with the ZeRO section: stage, keys of another stage, offload devices and paths."""
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict):
+        return [f"{name}: zero_optimization is missing; copy one of ds_configs/*.json"]
+    problems, stage = [], zero.get("stage")
+    if stage not in (1, 2, 3):
+        return [f"{name}: zero_optimization.stage is {stage!r}; allowed: 1, 2, 3 (without ZeRO: accelerate_configs/ddp.yaml)"]
+    if stage < 3:
+        if "offload_param" in zero:
+            problems.append(
+                f"{name}: offload_param is only valid at stage 3 (this file: stage {stage}); "
+                "remove it or use ds_configs/zero3_offload.json"
+            )
+        for key in zero:
+            if key.startswith("stage3_"):
+                problems.append(f"{name}: {key} is only valid at stage 3 (this file: stage {stage}); remove it")
+    elif not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        problems.append(f"{name}: stage 3 needs stage3_gather_16bit_weights_on_model_save: true, or final/ cannot be written")
+    for kind in ("offload_optimizer", "offload_param"):
+        offload = zero.get(kind) or {}
+        device = offload.get("device", "none") if isinstance(offload, dict) else offload
+        if device not in ("none", "cpu", "nvme"):
+            problems.append(f"{name}: {kind}.device is {device!r}; allowed: none, cpu, nvme")
+        if device == "nvme" and stage < 3:
+            problems.append(f"{name}: {kind}.device nvme is only valid at stage 3 (this file: stage {stage}); use cpu")
+        elif device == "nvme":
+            problems += check_nvme(offload.get("nvme_path"), f"{name}: {kind}.nvme_path")
+    return problems
+
+
+def check_nvme(path, where):
+    """Return problems with an NVMe folder: none given, not writable."""
+    if path == "auto":
+        path = os.environ.get("NVME_PATH")
+        if not path:
+            return [f'{where} is "auto" and NVME_PATH is not set; export NVME_PATH=/a/folder/on/a/fast/disk']
+    if not path:
+        return [f'{where} is missing; write the folder on a fast disk there, or "auto" and export NVME_PATH']
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        return [f"{where} {path}: {error.strerror}; give a folder that can be written"]
+    return []
+
+
+def check_libaio(config, name):
+    """Return a problem if NVMe offload is asked for and DeepSpeed's asynchronous I/O cannot be built here."""
+    if not any(section(config, f"zero_optimization.offload_{kind}").get("device") == "nvme" for kind in ("optimizer", "param")):
+        return []
+    choose_deepspeed_accelerator()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        return []
+    return [f"{name}: NVMe offload needs libaio with its headers and a C++ compiler (Debian: apt install libaio-dev g++)"]
+
+
+def check_precision(config, name, mixed_precision):
+    """Return problems with fp16/bf16 sections that contradict each other or --mixed_precision."""
+    on = {kind: section(config, kind).get("enabled", "auto") for kind in ("fp16", "bf16")}
+    if on["fp16"] is True and on["bf16"] is True:
+        return [f'{name}: fp16.enabled and bf16.enabled are both true; write "auto" and choose with --mixed_precision']
+    return [
+        f"{name}: {kind}.enabled is {json.dumps(value)}, but --mixed_precision is {mixed_precision}; "
+        f'write "auto" in the JSON or change the flag'
+        for kind, value in on.items()
+        if value != "auto" and value != (mixed_precision == kind)
+    ]
+
+
+def resolve(config, name, args, num_processes, hidden_size):
+    """Return the config as DeepSpeed will get it, with no "auto" left and every repeated flag filled in.
+
+    hidden_size: the model's, for bucket sizes. Raises UserError naming both values and both homes where JSON and flags differ,
+    and for an "auto" that no rule resolves.
+    """
+    config = copy.deepcopy(config)
+    zero, problems = config["zero_optimization"], []
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    flags = {
+        "train_micro_batch_size_per_gpu": (micro, "--per_device_train_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "--gradient_accumulation_steps"),
+        "train_batch_size": (micro * accumulation * num_processes, "batch x accumulation x processes"),
+        "gradient_clipping": (args.max_grad_norm, "--max_grad_norm"),
+    }
+    for key, (value, home) in flags.items():
+        given = config.setdefault(key, "auto")
+        if given == "auto":
+            config[key] = value
+        elif given != value:
+            problems.append(f'{name}: {key} is {given}, but {home} is {value}; write "auto" in the JSON or change the flag')
+    problems += check_precision(config, name, args.mixed_precision)
+    for kind in ("fp16", "bf16"):
+        config.setdefault(kind, {})["enabled"] = args.mixed_precision == kind
+    # A bucket of hidden_size^2 elements is Hugging Face's choice for "auto"; below a million, latency would eat the gain.
+    bucket = max(hidden_size**2, 1_000_000)
+    sizes = {
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": int(0.9 * bucket),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, value in sizes.items():
+        if zero.get(key) == "auto":
+            zero[key] = value
+    for kind in ("offload_optimizer", "offload_param"):
+        offload = section(zero, kind)
+        if offload.get("nvme_path") == "auto":
+            offload["nvme_path"] = os.environ["NVME_PATH"]
+    # The optimizer comes from zerotune/optimizer.py, DeepSpeedCPUAdam included. Unless this is false, accelerate builds another
+    # one in its place under offload, and only knows torch's AdamW as decoupled: the weight decay would become an L2 penalty.
+    config["zero_force_ds_cpu_optimizer"] = False
+    problems += [f'{name}: no rule resolves "auto" at {place}; write a value' for place in autos(config)]
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def autos(config, prefix=""):
+    """Return the dotted places where "auto" is left."""
+    found = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found += autos(value, f"{prefix}{key}.")
+        elif value == "auto":
+            found.append(prefix + key)
+    return found
+
+
+def has_cuda():
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def choose_deepspeed_accelerator():
+    """Tell DeepSpeed to run on CPU processes where there is no GPU; left to itself it stops at the missing one."""
+    if not has_cuda():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def check_config(config, name, args):
+    """Raise UserError with everything that is wrong with a DeepSpeed config beside train.py's flags."""
+    problems = check_keys(config, name) + check_zero(config, name) + check_precision(config, name, args.mixed_precision)
+    if args.optim == "adafactor":
+        problems.append(
+            "--optim adafactor: ZeRO flattens the parameters, which takes away the rows and columns that Adafactor factors; "
+            "use --optim adamw_torch_fused, or STRATEGY=ddp or single"
+        )
+    if not problems:
+        problems = check_libaio(config, name)
+    if problems:
+        raise UserError(*problems)

@@ -1,0 +1,88 @@
+"""Read a data file row by row with its line numbers, so that a bad row can be named; nothing is guessed about types.
+
+The readers of `datasets` stop at the first broken row without its line, and turn a CSV's text "None" or "1" into something else.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+from zerotune.errors import UserError
+
+
+def read_rows(path):
+    """Yield {line, record, error} for each row of a file: record is the row as JSON text, error says why there is none."""
+    suffix = Path(path).suffix
+    if suffix == ".txt":
+        rows = ((line, {"text": text}, "") for line, text in text_lines(path) if text.strip())
+    elif suffix in (".csv", ".tsv"):
+        rows = csv_rows(path, "," if suffix == ".csv" else "\t")
+    else:
+        rows = json_rows(path)
+    for line, record, error in rows:
+        yield {"line": line, "record": json.dumps(record), "error": error}
+
+
+def text_lines(path):
+    """Yield (line number, text without its line break); bytes that are not UTF-8 raise UserError."""
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}:{number}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def csv_rows(path, delimiter):
+    """Yield (line, record, error) of a delimited file with a header; the line is the one on which the row begins."""
+    csv.field_size_limit(2**31 - 1)
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        header, begin = next(reader, []), 2
+        try:
+            for fields in reader:
+                if fields and len(fields) != len(header):
+                    yield begin, {}, f"{len(fields)} fields, but the header has {len(header)}"
+                elif fields:
+                    yield begin, dict(zip(header, fields, strict=True)), ""
+                begin = reader.line_num + 1
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}:{begin}: the rest of the file cannot be read: {error}") from None
+
+
+def json_rows(path):
+    """Yield (line, record, error) of JSON Lines, or of a file that is one JSON array of objects."""
+    lines = text_lines(path)
+    first = next(((number, text) for number, text in lines if text.strip()), None)
+    if first and first[1].lstrip().startswith("["):
+        yield from json_array(path)
+        return
+    if first:
+        yield json_line(*first)
+    for number, text in lines:
+        if text.strip():
+            yield json_line(number, text)
+
+
+def json_line(number, text):
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        return number, {}, f"broken JSON: {error}"
+    return (number, record, "") if isinstance(record, dict) else (number, {}, f"a JSON {type(record).__name__}, not an object")
+
+
+def json_array(path):
+    text = Path(path).read_text("utf-8-sig")
+    decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    while True:
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        line, counted = line + text.count("\n", counted, position), position
+        if text[position : position + 1] == "]":
+            return
+        try:
+            record, position = decoder.raw_decode(text, position)
+        except ValueError as error:
+            raise UserError(f"{path}:{line}: broken JSON, the rest of the file cannot be read: {error}") from None
+        yield (line, record, "") if isinstance(record, dict) else (line, {}, f"a JSON {type(record).__name__}, not an object")
