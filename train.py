@@ -26,6 +26,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    gather_object,
     send_to_device,
     set_seed,
 )
@@ -36,7 +37,7 @@ from zerotune.arguments import parse_arguments
 from zerotune.data import Collator, Data, TrainingSteps, count_tokens, describe
 from zerotune.deepspeed_config import has_cuda
 from zerotune.errors import UserError
-from zerotune.evaluation import Evaluator
+from zerotune.evaluation import Evaluator, load_metrics
 from zerotune.export import export
 from zerotune.freezing import GradientWatch, apply_rules
 from zerotune.loss import count_targets, token_loss_sum
@@ -89,9 +90,11 @@ def main():
     # ---- data ------------------------------------------------------------------------------------------------------------
     named = [name for name in config.id2label.values() if not str(name).startswith("LABEL_")]
     data = first_on_each_node(accelerator, lambda: Data(args, tokenizer, model_labels=named))
-    data_report = data.report(args)
+    scorers = first_on_each_node(accelerator, lambda: load_metrics(args.task, args.metric))
+    data_report = data.report()
     for split, facts in data_report.items():
         console.say(f"data: {describe(split, facts)}")
+    data_report["tokenised_on_ranks"] = gather_object([accelerator.process_index] if any(data.built.values()) else [])
 
     # ---- model, freezing -------------------------------------------------------------------------------------------------
     set_seed(args.seed)  # the same on every rank: a new classification head starts alike everywhere
@@ -153,7 +156,7 @@ def main():
     if args.report_to != "none":
         accelerator.init_trackers("zerotune", config={name: str(value) for name, value in vars(args).items()})
     metrics = records.Metrics(args.output_dir, console, accelerator, step)
-    evaluator = Evaluator(accelerator, data, collator, tokenizer, args)
+    evaluator = Evaluator(accelerator, data, collator, tokenizer, scorers, args)
     console.say(f"engine: {json.dumps(engine)}")
 
     # ---- loop ------------------------------------------------------------------------------------------------------------
@@ -251,8 +254,6 @@ def first_on_each_node(accelerator, function):
 
 def stop_if_unused(accelerator, watch, allow_unused, console):
     """Raise UserError, on every rank, naming the trainable parameters that had no gradient on any rank in the first step."""
-    from accelerate.utils import gather_object
-
     unused = set.intersection(*(set(names) for names in gather_object([watch.without_gradient()])))
     if unused and allow_unused:
         console.say(f"warning: {len(unused)} trainable tensors had no gradient in the first step: {', '.join(sorted(unused)[:10])}")

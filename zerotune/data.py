@@ -161,6 +161,8 @@ def load_split(split, args, tokenizer):
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as scratch:
             rows = raw_rows(path, hub[split] if path is None else None, scratch)
+            if rows is None or len(rows) == 0:
+                raise UserError(f"{path or args.dataset_name}: the {split} split has no rows")
             rows = rows.map(
                 encode,
                 batched=True,
@@ -170,8 +172,6 @@ def load_split(split, args, tokenizer):
                 cache_file_name=os.path.join(scratch, "tokenised.arrow"),
                 desc=f"tokenise {split}",
             )
-            if len(rows) == 0:
-                raise UserError(f"{path or args.dataset_name}: the {split} split has no rows")
             rows.save_to_disk(os.path.join(scratch, "done"))
             try:
                 os.rename(os.path.join(scratch, "done"), folder)
@@ -183,7 +183,7 @@ def load_split(split, args, tokenizer):
 
 
 def raw_rows(path, hub_split, scratch):
-    """Return a Dataset of {line, record, error}; tables (Parquet, hub) count rows from 1 in place of lines."""
+    """Return a Dataset of {line, record, error}, None if there are no rows; tables (Parquet, hub) count rows in place of lines."""
     if path is None or Path(path).suffix == ".parquet":
         try:
             table = hub_split if path is None else datasets.Dataset.from_parquet(path, cache_dir=scratch)
@@ -199,6 +199,10 @@ def raw_rows(path, hub_split, scratch):
         return datasets.Dataset.from_generator(generator, features=features, cache_dir=scratch, gen_kwargs=options)
     except datasets.exceptions.DatasetGenerationError as error:
         raise (error.__cause__ if isinstance(error.__cause__, UserError) else error) from None
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        return None
 
 
 def table_rows(table):
@@ -256,7 +260,7 @@ class Data:
         if problems:
             raise UserError(*problems)
 
-    def report(self, args):
+    def report(self):
         """Return {split: counts, length percentiles in tokens, truncations} for the log and run.json."""
         report = {}
         for split, rows in self.rows.items():
@@ -310,7 +314,8 @@ class Collator:
         batch = {"input_ids": self.pad_rows(ids, self.pad), "attention_mask": self.pad_rows([[1] * len(row) for row in ids], 0)}
         if self.task == "classification":
             return batch | {"labels": torch.tensor([self.class_numbers[label] for label in columns["label"]])}
-        batch["labels"] = self.pad_rows(columns["labels"], IGNORE)
+        # A cache of keys and values is for generation; in a training step it would only hold memory.
+        batch |= {"labels": self.pad_rows(columns["labels"], IGNORE), "use_cache": False}
         if self.decoder_inputs is not None:
             batch["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
         return batch

@@ -46,10 +46,10 @@ def evaluating(model):
 class Evaluator:
     """Evaluates splits of `data` with what stays the same over a run."""
 
-    def __init__(self, accelerator, data, collator, tokenizer, args):
-        self.accelerator, self.data, self.collator, self.tokenizer, self.args = accelerator, data, collator, tokenizer, args
-        # Only the main process sees all predictions; the others need no metric.
-        self.metrics = load_metrics(args.task, args.metric) if accelerator.is_main_process else {}
+    def __init__(self, accelerator, data, collator, tokenizer, metrics, args):
+        """metrics: {name: module} from load_metrics."""
+        self.accelerator, self.data, self.collator, self.tokenizer = accelerator, data, collator, tokenizer
+        self.metrics, self.args = metrics, args
 
     @property
     def generates(self):

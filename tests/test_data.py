@@ -1,0 +1,212 @@
+"""Reading, checking, tokenising and cutting rows: each format gives the same rows, each bad row is named by its line."""
+
+import csv
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from zerotune.arguments import Arguments
+from zerotune.batches import deal, evaluation_batches, rows_of_step
+from zerotune.data import Collator, Data, TrainingSteps, count_tokens
+from zerotune.errors import UserError
+from zerotune.files import read_rows
+
+ROWS = [
+    {"source": "w1 w2 w3", "target": "w4", "label": "yes"},
+    {"source": 'w5, "w6"', "target": "w7 w8", "label": "no"},
+    {"source": "None", "target": "1", "label": "yes"},
+]
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny("t5"))
+
+
+def write(path, rows=ROWS):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def load(path, tokenizer, **flags):
+    return Data(Arguments(train_file=str(path), **flags), tokenizer)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_formats_give_the_same_rows(tmp_path, tokenizer, suffix):
+    rows = load(write(tmp_path / f"rows{suffix}"), tokenizer, source_prefix="w9 ").rows["train"]
+    assert rows["reference"][:] == [row["target"] for row in ROWS]
+    assert rows["input_ids"][:] == [tokenizer("w9 " + row["source"])["input_ids"] for row in ROWS]
+    assert rows["labels"][:] == [tokenizer(row["target"])["input_ids"] for row in ROWS]
+
+
+def test_text_file_is_one_row_a_line(tmp_path, tokenizer):
+    path = tmp_path / "rows.txt"
+    path.write_text("w1 w2\n\nw3\u2028w4\n")
+    rows = load(path, tokenizer, task="causal", text_column="text").rows["train"]
+    assert rows["line"][:] == [1, 3]
+    eos = tokenizer.eos_token_id
+    first = tokenizer("w1 w2", add_special_tokens=False)["input_ids"]
+    assert rows["input_ids"][0] == [*first, eos] and rows["labels"][0] == [first[1], eos, -100]
+
+
+def test_causal_pairs_learn_the_target_alone(tmp_path, tokenizer):
+    rows = load(write(tmp_path / "a.jsonl"), tokenizer, task="causal", source_suffix="").rows["train"]
+    prompt, target = tokenizer("w1 w2 w3")["input_ids"], tokenizer("w4")["input_ids"]
+    assert rows["input_ids"][0] == prompt + target and rows["prompt_length"][0] == len(prompt)
+    assert rows["labels"][0] == [-100] * (len(prompt) - 1) + target + [-100]
+
+
+def test_truncation_is_counted_and_keeps_the_end_token(tmp_path, tokenizer):
+    data = load(write(tmp_path / "a.jsonl"), tokenizer, max_source_length=3, max_target_length=2)
+    assert data.rows["train"]["input_ids"][0] == tokenizer("w1 w2")["input_ids"]
+    report = data.report()["train"]
+    assert report["truncated_sources"] == {"rows": 1, "tokens": 1, "longest_cut": 1}
+    assert report["truncated_targets"] == {"rows": 1, "tokens": 1, "longest_cut": 1}
+
+
+BAD = [
+    ('{"source": "w1", "target": "w2"', "broken JSON"),
+    ('{"source": "w1", "target": ""}', "column 'target' is empty"),
+    ('{"source": 5, "target": "w2"}', "column 'source' is int, not text"),
+    (
+        '{"sorce": "w1", "target": "w2"}',
+        r"no column 'source' \(did you mean sorce\?\); columns: sorce, target; see --source_column",
+    ),
+    ('["w1"]', "a JSON list, not an object"),
+]
+
+
+def test_bad_rows_are_named_counted_and_can_be_skipped(tmp_path, tokenizer):
+    path = tmp_path / "bad.jsonl"
+    good = json.dumps(ROWS[0])
+    path.write_text("".join(f"{good}\n{bad}\n" for bad, _ in BAD * 3))
+    with pytest.raises(UserError) as caught:
+        load(path, tokenizer)
+    problems = caught.value.problems
+    assert problems[0].startswith(f"15 bad rows in {path} (the first ten of 15)") and "--skip_bad_rows" in problems[0]
+    assert len(problems) == 11
+    for index, (_, message) in enumerate(BAD):
+        assert problems[index + 1].startswith(f"{path}:{2 * index + 2}: ")
+        assert re.search(message, problems[index + 1]), problems[index + 1]
+    data = load(path, tokenizer, skip_bad_rows=True)
+    assert len(data.rows["train"]) == 15 and data.report()["train"]["bad_rows"] == 15
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", "source,target\nw1,w2\nw1,w2,w3\n", r"a.csv:3: 3 fields, but the header has 2"),
+        ("b.csv", 'source,target\nw1,"w2\nw3', "b.csv:2: the rest of the file cannot be read"),
+        ("c.json", '[{"source": "w1", "target": "w2"},\n{"source": }]', "c.json:2: broken JSON"),
+        ("d.jsonl", b'{"source": "\xff"}\n', "d.jsonl:1: not UTF-8"),
+        ("e.jsonl", "\n", "has no rows"),
+        ("f.parquet", "no parquet", "f.parquet: not a Parquet file"),
+    ],
+)
+def test_unreadable_files(tmp_path, tokenizer, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / name, tokenizer)
+
+
+def test_labels_come_from_the_training_rows(tmp_path, tokenizer):
+    train = write(tmp_path / "train.jsonl", [{"text": "w1", "label": label} for label in (10, 2, 2)])
+    flags = {"task": "classification", "validation_file": str(write(tmp_path / "v.jsonl", [{"text": "w1", "label": 3}] * 2))}
+    with pytest.raises(UserError, match="(?s)2 bad rows in .*v.jsonl.*v.jsonl:1: label '3' is outside the set 2, 10"):
+        load(train, tokenizer, **flags)
+    assert load(train, tokenizer, labels=["3", "10", "2"], **flags).labels == ["3", "10", "2"]
+    data = load(train, tokenizer, task="classification")
+    batch = Collator("classification", 0, data.labels)(data.rows["train"][:])
+    assert batch["labels"].tolist() == [1, 0, 0]
+    with pytest.raises(UserError, match="train.jsonl:1: column 'lable' is missing or empty"):
+        load(train, tokenizer, task="classification", label_column="lable")
+
+
+def test_rows_are_read_once_and_again_when_anything_changes(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl")
+    first, again = load(path, tokenizer), load(path, tokenizer)
+    assert (first.built["train"], again.built["train"]) == (True, False) and first.digests == again.digests
+    assert load(path, tokenizer, max_source_length=4).built["train"]
+    write(path, ROWS[:2])
+    changed = load(path, tokenizer)
+    assert changed.built["train"] and len(changed.rows["train"]) == 2
+
+
+def test_every_example_once_an_epoch():
+    num_rows, batch_size = 13, 4
+    stream = np.concatenate([rows_of_step(step, num_rows, batch_size, seed=7) for step in range(13)])
+    for epoch in range(4):
+        assert sorted(stream[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
+    assert not np.array_equal(stream[:num_rows], stream[num_rows : 2 * num_rows])
+    assert not np.array_equal(stream[:4], rows_of_step(0, num_rows, batch_size, seed=8))
+    assert np.array_equal(rows_of_step(0, 3, 12, seed=0)[:3], rows_of_step(0, 3, 3, seed=0))  # a batch larger than the data
+
+
+def test_dealing_keeps_the_rows_and_their_lengths_together():
+    generator = np.random.default_rng(0)
+    rows, lengths = np.arange(100, 124), generator.integers(1, 500, 24)
+    dealt = deal(rows, lengths, num_micro_batches=3, num_processes=2)
+    assert [[len(rank) for rank in micro] for micro in dealt] == [[4, 4]] * 3
+    assert sorted(np.concatenate([rank for micro in dealt for rank in micro])) == list(rows)
+    spans = [(min(lengths[np.concatenate(micro) - 100]), max(lengths[np.concatenate(micro) - 100])) for micro in dealt]
+    assert all(before[0] >= after[1] for before, after in zip(spans, spans[1:], strict=False))
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 17])
+def test_evaluation_counts_each_row_once_in_equally_many_batches(num_rows):
+    lengths = np.arange(num_rows) % 5
+    ranks = [evaluation_batches(lengths, 2, num_processes=3, rank=rank) for rank in range(3)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert sorted(row for batches in ranks for rows, real in batches for row in rows[real]) == list(range(num_rows))
+
+
+def test_collator_pads_and_counts(tmp_path, tokenizer):
+    data = load(write(tmp_path / "a.jsonl"), tokenizer)
+    collator = Collator("seq2seq", 0, None, 8, decoder_inputs=lambda labels: labels)
+    batch = collator(data.rows["train"][:])
+    assert batch["input_ids"].shape == (3, 8) and batch["labels"].shape == (3, 8)
+    sources = [len(tokenizer(row["source"])["input_ids"]) for row in ROWS]
+    targets = [len(tokenizer(row["target"])["input_ids"]) for row in ROWS]
+    assert batch["attention_mask"].sum(1).tolist() == sources
+    assert (batch["labels"] != -100).sum(1).tolist() == targets
+    assert count_tokens(batch) == (sum(sources) + sum(targets), 48)
+
+
+def test_ranks_and_micro_batches_of_a_step_are_its_rows(tmp_path, tokenizer):
+    data = load(write(tmp_path / "a.jsonl", ROWS * 8), tokenizer)
+    args = SimpleNamespace(seed=3, gradient_accumulation_steps=2, per_device_train_batch_size=3)
+    collator = Collator("seq2seq", 0)
+    seen = []
+    for rank in range(2):
+        batches = TrainingSteps(data, collator, args, num_processes=2, rank=rank)[0]
+        assert len(batches) == 2 and all(batch["input_ids"].shape[0] == 3 for batch in batches)
+        seen += [tuple(t for t in row.tolist() if t) for batch in batches for row in batch["input_ids"]]
+    expected = [tuple(data.rows["train"][int(row)]["input_ids"]) for row in rows_of_step(0, 24, 12, 3)]
+    assert sorted(seen) == sorted(expected)
+
+
+def test_read_rows_gives_line_numbers(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('a,b\n1,"x\ny"\n2,z\n')
+    assert [(row["line"], json.loads(row["record"])) for row in read_rows(path)] == [
+        (2, {"a": "1", "b": "x\ny"}),
+        (4, {"a": "2", "b": "z"}),
+    ]

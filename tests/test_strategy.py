@@ -1,0 +1,163 @@
+"""DeepSpeed JSONs: the shipped ones are whole and pair up, "auto" is resolved, and what cannot be is refused by name."""
+
+import copy
+import json
+import os
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from zerotune.arguments import Arguments
+from zerotune.deepspeed_config import SECTIONS, TOP_KEYS, autos, check_config, resolve
+from zerotune.errors import UserError
+
+JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
+YAMLS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+ARGS = Arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3, max_grad_norm=0.7, mixed_precision="bf16")
+
+
+def config_of(stem):
+    return json.loads((ROOT / "ds_configs" / f"{stem}.json").read_text())
+
+
+def test_shipped_configurations_pair_up():
+    stems = {path.stem for path in JSONS}
+    assert stems == {"zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme"}
+    assert {path.stem for path in YAMLS} == stems | {"cpu", "single", "ddp"}
+    for path in YAMLS:
+        content = yaml.safe_load(path.read_text())
+        assert len(path.read_text().splitlines()) <= 12
+        assert not {"mixed_precision", "gradient_accumulation_steps", "gradient_clipping"} & content.keys()
+        if path.stem in stems:
+            assert content["deepspeed_config"]["deepspeed_config_file"] == f"ds_configs/{path.stem}.json"
+            assert content["deepspeed_config"]["zero3_init_flag"] == path.stem.startswith("zero3")
+
+
+@pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
+def test_shipped_json_is_resolved_without_auto(path):
+    config = config_of(path.stem)
+    check_config(config, path.name, ARGS)
+    resolved = resolve(config, path.name, ARGS, num_processes=2, hidden_size=1024)
+    assert autos(config) and not autos(resolved)
+    assert resolved["train_batch_size"] == 4 * 3 * 2 and resolved["train_micro_batch_size_per_gpu"] == 4
+    assert resolved["gradient_clipping"] == 0.7 and resolved["gradient_accumulation_steps"] == 3
+    assert resolved["bf16"]["enabled"] and not resolved["fp16"]["enabled"]
+    assert resolved["zero_optimization"]["reduce_bucket_size"] == 1024**2
+    documented = (ROOT / "ds_configs" / "README.md").read_text()
+    for section in (
+        config,
+        config["zero_optimization"],
+        config["zero_optimization"].get("offload_optimizer", {}),
+        config.get("aio", {}),
+    ):
+        assert all(f"`{key}`" in documented for key in section), section
+
+
+def test_known_keys_are_deepspeeds_own():
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+    def keys(model):
+        fields = model.model_fields.items()
+        return {field.alias or name for name, field in fields if not (field.json_schema_extra or {}).get("deprecated")}
+
+    assert keys(DeepSpeedZeroConfig) == SECTIONS["zero_optimization"]
+    assert keys(DeepSpeedZeroOffloadOptimizerConfig) == SECTIONS["zero_optimization.offload_optimizer"]
+    assert keys(DeepSpeedZeroOffloadParamConfig) == SECTIONS["zero_optimization.offload_param"]
+    assert keys(DeepSpeedBF16Config) == SECTIONS["bf16"]
+    assert keys(DeepSpeedFP16Config) == SECTIONS["fp16"]
+    assert len(TOP_KEYS) > 20
+
+
+def change(stem, place, value):
+    config = copy.deepcopy(config_of(stem))
+    *parents, key = place.split(".")
+    section = config
+    for parent in parents:
+        section = section.setdefault(parent, {})
+    section[key] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    "stem, place, value, message",
+    [
+        (
+            "zero2",
+            "zero_optimization.offload_param",
+            {"device": "cpu"},
+            "offload_param is only valid at stage 3 .this file: stage 2",
+        ),
+        ("zero2", "zero_optimization.offload_optimizer", {"device": "nvme", "nvme_path": "/tmp"}, "nvme is only valid at stage 3"),
+        ("zero2", "zero_optimization.stage3_max_live_parameters", 1, "stage3_max_live_parameters is only valid at stage 3"),
+        ("zero2", "zero_optimization.stage", 4, "stage is 4; allowed: 1, 2, 3"),
+        (
+            "zero2",
+            "zero_optimization.reduce_bucket_sise",
+            1,
+            "unknown key zero_optimization.reduce_bucket_sise .did you mean reduce_bucket",
+        ),
+        ("zero2", "reduce_bucket_size", 1, "reduce_bucket_size is misplaced; it belongs in zero_optimization"),
+        ("zero2", "zero_optimization.gradient_clipping", 1, "misplaced; it belongs in the top level"),
+        ("zero2", "optimizer", {"type": "AdamW"}, "'optimizer' is decided by --optim"),
+        ("zero2", "gradient_accumulation_steps", 8, "gradient_accumulation_steps is 8, but --gradient_accumulation_steps is 3"),
+        ("zero2", "gradient_clipping", 1.0, "gradient_clipping is 1.0, but --max_grad_norm is 0.7"),
+        ("zero2", "train_batch_size", 7, "train_batch_size is 7, but batch x accumulation x processes is 24"),
+        ("zero2", "fp16.enabled", True, "fp16.enabled is true, but --mixed_precision is bf16"),
+        ("zero2", "zero_optimization.overlap_comm", "auto", 'no rule resolves "auto" at zero_optimization.overlap_comm'),
+        ("zero3", "zero_optimization.stage3_gather_16bit_weights_on_model_save", False, "or final/ cannot be written"),
+        ("zero3_nvme", "zero_optimization.offload_param.nvme_path", None, "nvme_path is missing"),
+        ("zero3_nvme", "zero_optimization.offload_param.nvme_path", "/proc/no", "offload_param.nvme_path /proc/no: "),
+        ("zero3_offload", "zero_optimization.offload_optimizer.device", "gpu", "device is 'gpu'; allowed: none, cpu, nvme"),
+    ],
+)
+def test_refused(stem, place, value, message):
+    config = change(stem, place, value)
+    with pytest.raises(UserError, match=message):
+        check_config(config, f"{stem}.json", ARGS)
+        resolve(config, f"{stem}.json", ARGS, num_processes=2, hidden_size=64)
+
+
+def test_both_precisions_and_adafactor_are_refused():
+    config = change("zero2", "fp16.enabled", True)
+    config["bf16"]["enabled"] = True
+    with pytest.raises(UserError, match="both true"):
+        check_config(config, "zero2.json", ARGS)
+    with pytest.raises(UserError, match="adafactor: ZeRO flattens"):
+        check_config(config_of("zero2"), "zero2.json", Arguments(optim="adafactor"))
+
+
+def launch_sh(*flags, **environment):
+    environment = {**os.environ, **environment}
+    environment.pop("NVME_PATH", None) if "NVME_PATH" not in environment or not environment["NVME_PATH"] else None
+    command = ["bash", str(ROOT / "scripts" / "launch.sh"), *map(str, flags)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_launcher_checks_before_it_launches(tiny, rows16, tmp_path):
+    good = ["--model_name_or_path", tiny("t5"), "--train_file", rows16, "--output_dir", tmp_path / "out"]
+    dry = launch_sh(*good, STRATEGY="zero3_offload", NUM_PROCESSES="4", DRY_RUN="1")
+    assert dry.returncode == 0, dry.stderr
+    assert f"launch --config_file {ROOT}/accelerate_configs/zero3_offload.yaml --num_processes 4 {ROOT}/train.py" in dry.stdout
+    assert "accelerate" in dry.stdout and not (tmp_path / "out").exists()
+    mistakes = {
+        "STRATEGY=zero9 is not known; allowed: cpu ddp single zero1": launch_sh(*good, STRATEGY="zero9"),
+        "--lr: no flag of train.py": launch_sh(*good, "--lr", "1"),
+        "no such file": launch_sh(*good, "--validation_file", tmp_path / "none.jsonl"),
+        "NVME_PATH is not set": launch_sh(*good, STRATEGY="zero3_nvme", NVME_PATH=""),
+        "invalid choice: 'fp8'": launch_sh(*good, "--mixed_precision", "fp8"),
+        "must be greater than 0": launch_sh(*good, "--per_device_train_batch_size", "0"),
+    }
+    for message, done in mistakes.items():
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (message, done.stderr)
+
+
+def test_missing_libaio_is_named(tmp_path, monkeypatch):
+    # DeepSpeed compiles a probe against libaio; a compiler that always fails is what a machine without its headers looks like.
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("NVME_PATH", str(tmp_path))
+    with pytest.raises(UserError, match="NVMe offload needs libaio with its headers"):
+        check_config(config_of("zero3_nvme"), "zero3_nvme.json", ARGS)
