@@ -3,9 +3,9 @@
     python -m zerotune.demo build OUTPUT_DIR
     python -m zerotune.demo report RUN_DIR...
 
-The first writes OUTPUT_DIR/{train,validation,test}.jsonl with rows {source, target, module}: a function's source without its docstring, and
-the first sentence of the docstring; and OUTPUT_DIR/model, an untrained T5 with a BPE tokenizer trained on the training rows; the second
-prints a table over finished runs on it.
+The first writes OUTPUT_DIR/{train,validation,test}.jsonl with rows {source, target, module}: a function's source without its
+docstring, and the first sentence of the docstring; and OUTPUT_DIR/model, an untrained T5 with a BPE tokenizer trained on the
+training rows. The second prints a table over finished runs on it.
 """
 
 import zerotune.quiet  # noqa: F401  before the libraries
