@@ -48,6 +48,7 @@ from zerotune.model import (
     hidden_size,
     load_config_and_tokenizer,
     load_model,
+    max_positions,
 )
 from zerotune.optimizer import build_optimizer, lr_at
 from zerotune.precision import OverflowWatch, loss_scale
@@ -59,6 +60,7 @@ def main():
     args = parse_arguments()
     strategy = launched_strategy(args)
     resume_folder = checkpoint.find(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+    records.check_tracker(args.report_to)
     config, tokenizer = load_config_and_tokenizer(args)
 
     # ---- accelerator -----------------------------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ def main():
 
     # ---- data ------------------------------------------------------------------------------------------------------------
     named = [name for name in config.id2label.values() if not str(name).startswith("LABEL_")]
-    data = first_on_each_node(accelerator, lambda: Data(args, tokenizer, model_labels=named))
+    data = first_on_each_node(accelerator, lambda: Data(args, tokenizer, named, max_positions(config)))
     scorers = first_on_each_node(accelerator, lambda: load_metrics(args.task, args.metric))
     data_report = data.report()
     for split, facts in data_report.items():
@@ -219,7 +221,7 @@ def main():
             metrics.write(window.record(step, epoch, learning_rate, grad_norm, **counts))
         if args.eval_steps and step % args.eval_steps == 0 and "validation" in data.rows:
             with window.paused():
-                metrics.write(evaluator.evaluate(model, "validation", step, args.predict_with_generate)[0])
+                metrics.write(evaluator.evaluate(model, "validation", step)[0])
             evaluated_at = step
         if args.save_steps and (step % args.save_steps == 0 or step == max_steps):
             with window.paused():
@@ -229,9 +231,9 @@ def main():
 
     # ---- final evaluation and export -------------------------------------------------------------------------------------
     if "validation" in data.rows and evaluated_at != step:
-        metrics.write(evaluator.evaluate(model, "validation", step, args.predict_with_generate)[0])
+        metrics.write(evaluator.evaluate(model, "validation", step)[0])
     if "test" in data.rows:
-        record, predicted = evaluator.evaluate(model, "test", step, outputs=True)
+        record, predicted = evaluator.evaluate(model, "test", step)
         metrics.write(record)
         write_predictions(Path(args.output_dir) / "predictions.jsonl", evaluator.prediction_rows("test", predicted))
     final = export(accelerator, model, tokenizer, args.output_dir, args.task, args.trust_remote_code)

@@ -210,3 +210,26 @@ def test_read_rows_gives_line_numbers(tmp_path):
         (2, {"a": "1", "b": "x\ny"}),
         (4, {"a": "2", "b": "z"}),
     ]
+
+
+def test_data_set_by_name_and_several_workers(tmp_path, tokenizer):
+    """A folder is what `datasets` takes in place of a hub name; two processes tokenise to the same rows as one."""
+    folder = tmp_path / "named"
+    folder.mkdir()
+    write(folder / "train.jsonl", ROWS * 20)
+    write(folder / "test.jsonl")
+    data = Data(Arguments(dataset_name=str(folder), preprocessing_num_workers=2), tokenizer)
+    assert set(data.rows) == {"train", "test"} and data.built == {"train": True, "test": True}
+    assert (
+        data.rows["train"]["input_ids"][:] == load(write(tmp_path / "a.jsonl", ROWS * 20), tokenizer).rows["train"]["input_ids"][:]
+    )
+    write(folder / "test.jsonl", [{"source": "w1", "target": ""}])
+    with pytest.raises(UserError, match=r"named\[test\]:1: column 'target' is empty"):
+        Data(Arguments(dataset_name=str(folder)), tokenizer)
+
+
+def test_rows_longer_than_the_model_are_refused(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="longest row has 4 tokens, but the model has 3 positions; lower --max_source_length"):
+        Data(Arguments(train_file=str(path)), tokenizer, max_positions=3)
+    Data(Arguments(train_file=str(path)), tokenizer, max_positions=4)

@@ -81,6 +81,7 @@ def test_resume_is_bitwise(train, tiny, rows16, strategy):
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3,
         "max_steps": 6,
+        "dataloader_num_workers": 1,
         "save_steps": 3,
         "logging_steps": 1,
     }
@@ -187,6 +188,7 @@ def test_mistakes_end_in_one_line_each_and_code_2(train, tiny, rows16, tmp_path)
         ({**good, "task": "causal"}, ["--task causal: a t5 model cannot do this; it fits seq2seq, classification"]),
         ({**good, "freeze": ["encoder", "dekoder", "encoder.layers[9]"]}, ["'dekoder' is not known", "outside the range"]),
         ({**good, "metric": "./no/metric.py", "max_steps": 1}, ["--metric ./no/metric.py: cannot be loaded"]),
+        ({**good, "report_to": "wandbb"}, ["--report_to wandbb: allowed: none, aim"]),
         ({**good, "resume_from_checkpoint": tmp_path}, ["no complete checkpoint; allowed: auto, none"]),
     ]
     for number, (flags, messages) in enumerate(cases):

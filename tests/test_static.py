@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,35 @@ def test_worked_examples_run(script, tmp_path, tiny, rows16):
 
 def test_all_scripts_are_known():
     assert {path.stem for path in SCRIPTS} == {*EXAMPLES, "launch", "quickstart", "setup", "test"}
+
+
+def test_setup_says_what_is_missing(tmp_path):
+    """setup.sh in a copy without .venv: no Python, one that is too old, one without venv, no compiler, no space; a line each."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("scripts/setup.sh", "requirements.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "sha256sum", "cat", "awk"):
+        (tools / name).symlink_to(shutil.which(name))
+
+    def fake(name, script):
+        (tools / name).write_text(f"#!{shutil.which('bash')}\n{script}\n")
+        (tools / name).chmod(0o755)
+
+    def setup():
+        command = [shutil.which("bash"), tmp_path / "scripts" / "setup.sh"]
+        done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    assert "no python3; install" in setup()
+    fake("python3", "[[ $2 != *version_info* ]]")
+    assert "older than 3.11" in setup()
+    fake("python3", "[[ $2 != *ensurepip* ]]")
+    assert "apt install python3-venv" in setup()
+    fake("python3", "exit 0")
+    assert "apt install g++" in setup()
+    fake("g++", "exit 0")
+    fake("df", "echo head; echo x x x 17 x x")
+    assert "17 MiB are free" in setup()

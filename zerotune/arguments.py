@@ -50,6 +50,8 @@ class DataArguments:
     )
     source_prefix: str = flag("", "Text put before each source, e.g. 'summarize: '.")
     source_suffix: str | None = flag(None, "Text put after each source. Default: nothing; for causal pairs a line break.")
+    source_lang: str | None = flag(None, "Language code of the sources, for tokenizers that want one (mBART: en_XX).")
+    target_lang: str | None = flag(None, "Language code of the targets, likewise.")
     max_source_length: int = flag(512, "Longest source (or one-text row), in tokens; longer ones are truncated and counted.")
     max_target_length: int = flag(128, "Longest target, in tokens; longer ones are truncated and counted.")
     skip_bad_rows: bool = flag(False, "Leave malformed rows out and count them in run.json, instead of stopping.")
@@ -205,6 +207,7 @@ def check_arguments(args):
     need(args.generation_max_length is None or args.generation_max_length > 0, "--generation_max_length: must be greater than 0")
     need(args.max_steps == -1 or args.max_steps > 0, f"--max_steps {args.max_steps}: must be greater than 0, or -1")
     need(0 <= args.warmup_ratio <= 1, f"--warmup_ratio {args.warmup_ratio}: must be between 0 and 1")
+    need(bool(args.source_lang) == bool(args.target_lang), "--source_lang and --target_lang go together; give both or none")
     need(not (args.warmup_ratio and args.warmup_steps), "--warmup_ratio and --warmup_steps are both given; give one")
     if args.output_dir:
         out = Path(args.output_dir)

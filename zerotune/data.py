@@ -8,7 +8,8 @@ into memory. A row's columns:
     label        str        the class (classification)
     reference    str        the target text as it was given
     prompt_length int       tokens of input_ids that are given at generation (causal pairs)
-    length, num_targets, source_cut, target_cut, line   int; error  str, empty for a good row
+    length       int        tokens of the encoder's and the decoder's input together; longest_side: of the longer one
+    num_targets, source_cut, target_cut, line   int; error  str, empty for a good row
 """
 
 import hashlib
@@ -27,9 +28,10 @@ from zerotune.errors import UserError, nearest
 from zerotune.files import read_rows
 from zerotune.loss import IGNORE
 
-FORMAT = 1  # of the cached rows: raise it when encode() changes what it writes
+FORMAT = 2  # of the cached rows: raise it when encode() changes what it writes
 FLAGS_OF_ROWS = (
-    "task source_column target_column text_column label_column source_prefix source_suffix max_source_length max_target_length"
+    "task source_column target_column text_column label_column source_prefix source_suffix source_lang target_lang "
+    "max_source_length max_target_length"
 )
 SPLITS = {"train": "train_file", "validation": "validation_file", "test": "test_file"}
 
@@ -109,7 +111,7 @@ def encode(batch, tokenizer, args):
         else:
             labels, target_cut = [[0]] * len(inputs), [0] * len(inputs)  # the class number is filled in by the collator
         rows = [(ids, label, 0) for ids, label in zip(inputs, labels, strict=True)]
-    columns = {key: [] for key in ("input_ids", "labels", "prompt_length", "length", "num_targets")}
+    columns = {key: [] for key in ("input_ids", "labels", "prompt_length", "length", "longest_side", "num_targets")}
     for index, (ids, labels, prompt_length) in enumerate(rows):
         num_targets = sum(label != IGNORE for label in labels)
         if num_targets == 0 and not errors[index]:
@@ -118,6 +120,7 @@ def encode(batch, tokenizer, args):
         columns["labels"].append(labels)
         columns["prompt_length"].append(prompt_length)
         columns["length"].append(len(ids) + (len(labels) if args.task == "seq2seq" else 0))
+        columns["longest_side"].append(max(len(ids), len(labels)))
         columns["num_targets"].append(num_targets)
     texts = {"label": [label for _, _, label in fields], "reference": targets}
     return columns | texts | {"source_cut": source_cut, "target_cut": target_cut, "line": batch["line"], "error": errors}
@@ -151,7 +154,8 @@ def load_split(split, args, tokenizer):
             return None, None, False
         identity = hub[split]._fingerprint
     flags = (
-        "task source_column target_column text_column label_column source_prefix source_suffix max_source_length max_target_length"
+        "task source_column target_column text_column label_column source_prefix source_suffix source_lang target_lang "
+        "max_source_length max_target_length"
     )
     parts = [FORMAT, identity, Path(path).suffix if path else "", *(getattr(args, name) for name in flags.split())]
     digest = hashlib.sha256((json.dumps(parts) + tokenizer_identity(tokenizer)).encode()).hexdigest()[:32]
@@ -231,8 +235,11 @@ def sort_labels(labels):
 class Data:
     """The splits of a run: rows[split] is a Dataset of good rows, lengths[split] an int array for cutting batches."""
 
-    def __init__(self, args, tokenizer, model_labels=()):
-        """Load every split that is there. Raises UserError listing bad rows (all counted, the first ten shown)."""
+    def __init__(self, args, tokenizer, model_labels=(), max_positions=None):
+        """Load every split that is there. Raises UserError listing bad rows (all counted, the first ten shown).
+
+        model_labels: class names that the model already knows. max_positions: the longest input that it can take, in tokens.
+        """
         self.rows, self.lengths, self.digests, self.bad, self.built = {}, {}, {}, {}, {}
         names = {split: getattr(args, flag) or f"{args.dataset_name}[{split}]" for split, flag in SPLITS.items()}
         for split in SPLITS:
@@ -257,6 +264,12 @@ class Data:
             if bad and not good:
                 problems.append(f"{names[split]}: no good row is left")
             self.lengths[split] = np.asarray(self.rows[split]["length"][:])
+            longest = max(self.rows[split]["longest_side"][:], default=0)
+            if max_positions is not None and longest > max_positions:
+                problems.append(
+                    f"{names[split]}: the longest row has {longest} tokens, but the model has {max_positions} positions; "
+                    "lower --max_source_length or --max_target_length"
+                )
         if problems:
             raise UserError(*problems)
 

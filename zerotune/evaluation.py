@@ -64,16 +64,18 @@ class Evaluator:
         for numbers, real in evaluation_batches(lengths, per_device, accelerator.num_processes, accelerator.process_index):
             yield rows[numbers], torch.from_numpy(real), numbers
 
-    def evaluate(self, model, split, step, outputs):
-        """Return (record, predictions): loss and perplexity, and with `outputs` the metrics of what the model predicts.
+    def evaluate(self, model, split, step):
+        """Return (record, predictions): loss, perplexity, and the metrics of what the model predicts.
 
-        predictions: on the main process {row number: text or class name}, else {}; empty without `outputs`.
+        predictions: on the main process {row number: text or class name}, else {}. Classes cost nothing; texts are generated for
+        the test split, and for others if a metric wants them and --predict_with_generate allows it.
         """
         begin = time.perf_counter()
         prefix = "eval" if split == "validation" else split
+        generate = self.generates and (split == "test" or (self.args.predict_with_generate and bool(self.metrics)))
         with evaluating(model):
             loss_sum, targets, classes = self.loss(model, split)
-            predicted = self.gather(self.generate(model, split) if outputs and self.generates else classes if outputs else {})
+            predicted = self.gather(self.generate(model, split) if generate else classes)
         record = {"step": step, f"{prefix}_loss": loss_sum / targets, f"{prefix}_target_tokens": targets}
         if self.args.task != "classification":
             record["perplexity" if prefix == "eval" else f"{prefix}_perplexity"] = math.exp(min(loss_sum / targets, 700))
@@ -116,6 +118,8 @@ class Evaluator:
             "synced_gpus": plugin is not None and plugin.zero_stage == 3 and self.accelerator.num_processes > 1,
             "pad_token_id": self.tokenizer.pad_token_id,
         }
+        if args.target_lang:  # mBART-like models are told the language by the first token
+            options["forced_bos_token_id"] = self.tokenizer.convert_tokens_to_ids(args.target_lang)
         for columns, real, numbers in self.batches(split):
             prompts = send_to_device(self.collator.prompts(columns), self.accelerator.device)
             with self.accelerator.autocast():

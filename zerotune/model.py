@@ -20,6 +20,7 @@ AUTO_CLASSES = {
     "causal": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
 }
+ROBERTA_FAMILY = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer"}
 T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
 
 
@@ -31,7 +32,8 @@ def load_config_and_tokenizer(args):
         raise UserError(f"--model_name_or_path {args.model_name_or_path}: {first_line(error)}") from None
     name = args.tokenizer_name or args.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        languages = {"src_lang": args.source_lang, "tgt_lang": args.target_lang} if args.source_lang else {}
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **languages)
     except (OSError, ValueError) as error:
         raise UserError(f"--tokenizer_name {name}: {first_line(error)}") from None
     if type(config) not in AUTO_CLASSES[args.task]._model_mapping and not args.trust_remote_code:
@@ -53,6 +55,14 @@ def hidden_size(config):
     """Return the width of the residual stream, by which DeepSpeed's "auto" sizes are chosen."""
     text = config.get_text_config()
     return getattr(text, "hidden_size", None) or text.d_model
+
+
+def max_positions(config):
+    """Return how many positions the model has, or None if nothing bounds them (T5's are relative)."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.model_type in ROBERTA_FAMILY:
+        return positions - config.pad_token_id - 1  # RoBERTa numbers positions from after the padding token
+    return positions
 
 
 def load_model(args, config, tokenizer, labels, dtype):

@@ -6,6 +6,7 @@ One record is one dict: the same numbers go to metrics.jsonl, to the console and
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -18,15 +19,26 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from zerotune.errors import UserError, nearest
+
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "evaluate", "peft")
 SECRET = re.compile(r"(token|secret|password|api_?key)(?!izer|s_)", re.IGNORECASE)
 GIB = 2**30
 
 
+def finite(value):
+    """Return a value with what JSON has no word for (nan, inf) as None, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path, content):
     """Write a JSON file so that a reader sees the old or the new one, never a part."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    temporary.write_text(json.dumps(finite(content), indent=2, default=str, allow_nan=False) + "\n")
     os.replace(temporary, path)
 
 
@@ -62,6 +74,18 @@ def peak_memory():
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"peak_device_memory_gib": round(device / GIB, 3), "peak_host_memory_gib": round(host / GIB, 3)}
+
+
+def check_tracker(name):
+    """Raise UserError unless accelerate knows the tracker and its package is installed (accelerate would go on without it)."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name == "none" or name in {str(getattr(known, "value", known)) for known in get_available_trackers()}:
+        return
+    known = sorted(str(getattr(tracker, "value", tracker)) for tracker in LOGGER_TYPE_TO_CLASS)
+    if name in known:
+        raise UserError(f"--report_to {name}: its package is not installed; pip install it, or --report_to none")
+    raise UserError(f"--report_to {name}: allowed: none, {', '.join(known)}{nearest(name, known)}")
 
 
 class Console:
@@ -120,7 +144,7 @@ class Metrics:
     def write(self, record):
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self.console.show(record)
         scalars = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
         self.accelerator.log(scalars, step=record["step"])
