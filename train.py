@@ -159,7 +159,7 @@ def main():
         accelerator.init_trackers("zerotune", config={name: str(value) for name, value in vars(args).items()})
     metrics = records.Metrics(args.output_dir, console, accelerator, step)
     evaluator = Evaluator(accelerator, data, collator, tokenizer, scorers, args)
-    console.say(f"engine: {json.dumps(engine)}")
+    console.say("engine: " + ", ".join(f"{key} {value}" for key, value in engine.items()))
 
     # ---- loop ------------------------------------------------------------------------------------------------------------
     loader = DataLoader(
