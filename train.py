@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ from torch.utils.data import DataLoader
 
 from zerotune import checkpoint, records
 from zerotune.arguments import parse_arguments
-from zerotune.data import Collator, Data, TrainingSteps, count_tokens, describe
+from zerotune.collation import Collator, TrainingSteps, count_tokens
+from zerotune.data import Data, describe
 from zerotune.deepspeed_config import has_cuda
 from zerotune.errors import UserError
 from zerotune.evaluation import Evaluator, load_metrics
@@ -49,9 +51,10 @@ from zerotune.model import (
     load_config_and_tokenizer,
     load_model,
     max_positions,
+    shift_right,
 )
 from zerotune.optimizer import build_optimizer, lr_at
-from zerotune.precision import OverflowWatch, loss_scale
+from zerotune.precision import OverflowWatch, loss_scale, prepare_scaler, take_step
 from zerotune.strategy import check_processes, engine_facts, launched_strategy
 
 
@@ -74,7 +77,8 @@ def main():
         # while DeepSpeed wants to know the true number (see the backward call).
         gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps if deepspeed_plugin else 1),
         kwargs_handlers=[
-            *([InitProcessGroupKwargs(backend="gloo")] if strategy.launched and not has_cuda() else []),
+            # One process tokenises while the others wait; the libraries' 10 minutes would end a run on a large file.
+            *([InitProcessGroupKwargs("nccl" if has_cuda() else "gloo", timeout=timedelta(hours=6))] if strategy.launched else []),
             DistributedDataParallelKwargs(find_unused_parameters=args.allow_unused),
         ],
         log_with=None if args.report_to == "none" else args.report_to,
@@ -91,7 +95,8 @@ def main():
 
     # ---- data ------------------------------------------------------------------------------------------------------------
     named = [name for name in config.id2label.values() if not str(name).startswith("LABEL_")]
-    data = first_on_each_node(accelerator, lambda: Data(args, tokenizer, named, max_positions(config)))
+    limits = max_positions(config), config.get_text_config().vocab_size
+    data = first_on_each_node(accelerator, lambda: Data(args, tokenizer, named, *limits))
     scorers = first_on_each_node(accelerator, lambda: load_metrics(args.task, args.metric))
     data_report = data.report()
     for split, facts in data_report.items():
@@ -109,6 +114,8 @@ def main():
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     console.say("\n".join(f"freezing: {line}" for line in freeze_report.lines()))
+    if never := [name for name, parameter in model.named_parameters() if name in new_weights and not parameter.requires_grad]:
+        console.say(f"warning: these weights start new and are frozen, so they stay random: {', '.join(never)}")
 
     # ---- optimizer, prepare ----------------------------------------------------------------------------------------------
     optimizer = build_optimizer(
@@ -118,7 +125,8 @@ def main():
         weight_decay=args.weight_decay,
         on_host=strategy.optimizer_on_host,
     )
-    decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None) if args.task == "seq2seq" else None
+    own_shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    decoder_inputs = (own_shift or shift_right(config)) if args.task == "seq2seq" else None
     collator = Collator(args.task, tokenizer.pad_token_id, data.labels, 8 if has_cuda() else 1, decoder_inputs)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
@@ -173,7 +181,8 @@ def main():
     )
     # DeepSpeed divides the loss by the accumulation unless told not to; the loss below is complete as it is.
     backward_options = {"scale_wrt_gas": False} if deepspeed_plugin else {}
-    watch, overflow = GradientWatch(model), OverflowWatch(minimum=smallest_loss_scale(deepspeed_plugin))
+    watch = GradientWatch(accelerator.unwrap_model(model))
+    overflow = OverflowWatch(prepare_scaler(optimizer, deepspeed_plugin and deepspeed_plugin.deepspeed_config))
     window = records.Window(accelerator)
     evaluated_at = None
     console.start(step, max_steps)
@@ -204,7 +213,7 @@ def main():
             window.loss_sum += loss_sum.detach()
         # Under DeepSpeed the last backward has clipped and stepped already; these three then only report the norm.
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-        optimizer.step()
+        skipped = take_step(accelerator, optimizer)
         optimizer.zero_grad()
         step += 1
         window.steps += 1
@@ -214,7 +223,7 @@ def main():
             stop_if_unused(accelerator, watch, args.allow_unused, console)
             watch = None
         if args.mixed_precision == "fp16":
-            overflow.after_step(step, accelerator.optimizer_step_was_skipped, loss_scale(accelerator, optimizer))
+            overflow.after_step(step, skipped, loss_scale(accelerator, optimizer))
         if step % args.logging_steps == 0 or step == max_steps:
             counts = {"overflowed_steps": overflow.overflowed_steps} if args.mixed_precision == "fp16" else {}
             epoch = step * rows_per_step / num_rows
@@ -238,6 +247,7 @@ def main():
         write_predictions(Path(args.output_dir) / "predictions.jsonl", evaluator.prediction_rows("test", predicted))
     final = export(accelerator, model, tokenizer, args.output_dir, args.task, args.trust_remote_code)
     console.say(f"final: {final} loads with from_pretrained, weights compared")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
@@ -266,11 +276,6 @@ def stop_if_unused(accelerator, watch, allow_unused, console):
         )
 
 
-def smallest_loss_scale(deepspeed_plugin):
-    """Return the loss scale below which fp16 cannot go: DeepSpeed's own minimum, 1 elsewhere."""
-    return deepspeed_plugin.deepspeed_config.get("fp16", {}).get("min_loss_scale", 1) if deepspeed_plugin else 1.0
-
-
 def write_predictions(path, rows):
     """Write predictions.jsonl if there are any rows (only the main process has them)."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
@@ -281,9 +286,17 @@ def write_predictions(path, rows):
 if __name__ == "__main__":
     try:
         main()
+        # Everything is written and every tracker closed. The libraries' threads do not always survive the interpreter's own end
+        # (one launch in a hundred aborted there), and a finished run must not be reported as a failed one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print("\n".join(f"train.py: error: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
-        else:
-            time.sleep(5)  # the launcher kills all ranks when the first one ends: let the one that prints come first
+        rank = int(os.environ.get("RANK", "0"))
+        if rank > 0:
+            # All ranks tend to meet the same mistake. The launcher ends them all when the first one ends: let rank 0 speak, and
+            # speak up only if it had nothing to say.
+            time.sleep(5)
+        where = f" (rank {rank})" if rank > 0 else ""
+        print("\n".join(f"train.py: error{where}: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
         sys.exit(2)

@@ -21,7 +21,13 @@ if [[ ! -f $config ]]; then
     exit 2
 fi
 
-gpus="$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)"
+if [[ $STRATEGY == cpu ]]; then
+    gpus=0
+elif [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    gpus="$(awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES")"
+else
+    gpus="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)"
+fi
 if [[ $STRATEGY == single ]]; then
     NUM_PROCESSES="${NUM_PROCESSES:-1}"
 else
@@ -50,7 +56,7 @@ for word in "$@"; do
         exec "$PYTHON" "$ROOT/train.py" --help
     fi
 done
-PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m zerotune.strategy "$config" "$@"
+PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m zerotune.strategy "$config" "$NUM_PROCESSES" "$@"
 if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf 'OMP_NUM_THREADS=%s %s' "$OMP_NUM_THREADS" "${DS_ACCELERATOR:+DS_ACCELERATOR=$DS_ACCELERATOR }"
     printf '%q ' "${launch[@]}"

@@ -20,12 +20,14 @@ setup() {
     command -v "$python" >/dev/null || fail "no $python; install Python 3.11 or later (Debian: apt install python3 python3-venv)"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$python is older than 3.11; set PYTHON=/path/to/a/newer/python3"
     "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "Python's venv is missing (Debian: apt install python3-venv)"
-    command -v g++ >/dev/null || fail "no C++ compiler, with which DeepSpeed builds its operators (Debian: apt install g++ python3-dev)"
+    "$python" -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' ||
+        fail "Python's headers are missing, with which DeepSpeed builds its operators (Debian: apt install python3-dev)"
+    command -v g++ >/dev/null || fail "no C++ compiler, with which DeepSpeed builds its operators (Debian: apt install g++)"
     free_mib="$(df -Pm "$ROOT" | awk 'NR == 2 { print $4 }')"
     ((free_mib >= NEEDED_MIB)) || fail "$free_mib MiB are free in $ROOT, but the packages need $NEEDED_MIB MiB; make room"
     echo "setup: installing requirements.txt into .venv (some minutes, once)"
     [[ -x $ROOT/.venv/bin/python ]] || "$python" -m venv "$ROOT/.venv"
-    "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt" ||
+    "$ROOT/.venv/bin/python" -m pip install --quiet --no-cache-dir --disable-pip-version-check -r "$ROOT/requirements.txt" ||
         fail "pip could not install requirements.txt; its message is above"
     echo "$wanted" >"$stamp"
 }

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from zerotune.arguments import Arguments
 from zerotune.batches import deal, evaluation_batches, rows_of_step
-from zerotune.data import Collator, Data, TrainingSteps, count_tokens
+from zerotune.collation import Collator, TrainingSteps, count_tokens
+from zerotune.data import Data
 from zerotune.errors import UserError
 from zerotune.files import read_rows
 
@@ -116,6 +117,7 @@ def test_bad_rows_are_named_counted_and_can_be_skipped(tmp_path, tokenizer):
         ("a.csv", "source,target\nw1,w2\nw1,w2,w3\n", r"a.csv:3: 3 fields, but the header has 2"),
         ("b.csv", 'source,target\nw1,"w2\nw3', "b.csv:2: the rest of the file cannot be read"),
         ("c.json", '[{"source": "w1", "target": "w2"},\n{"source": }]', "c.json:2: broken JSON"),
+        ("latin.csv", b"source,target\n\xe9,b\n", "latin.csv:1: the rest of the file cannot be read: 'utf-8' codec"),
         ("d.jsonl", b'{"source": "\xff"}\n', "d.jsonl:1: not UTF-8"),
         ("e.jsonl", "\n", "has no rows"),
         ("f.parquet", "no parquet", "f.parquet: not a Parquet file"),
@@ -223,9 +225,13 @@ def test_data_set_by_name_and_several_workers(tmp_path, tokenizer):
     assert (
         data.rows["train"]["input_ids"][:] == load(write(tmp_path / "a.jsonl", ROWS * 20), tokenizer).rows["train"]["input_ids"][:]
     )
-    write(folder / "test.jsonl", [{"source": "w1", "target": ""}])
-    with pytest.raises(UserError, match=r"named\[test\]:1: column 'target' is empty"):
+    write(folder / "test.jsonl", [{"source": "w1", "target": ""}])  # as hubs publish test splits: without the answers
+    assert set(Data(Arguments(dataset_name=str(folder)), tokenizer).rows) == {"train"}
+    write(folder / "validation.jsonl", [{"source": "w1", "target": ""}])
+    with pytest.raises(UserError, match=r"named\[validation\]:1: column 'target' is empty"):
         Data(Arguments(dataset_name=str(folder)), tokenizer)
+    with pytest.raises(UserError, match="--dataset_name ./no/such: "):
+        Data(Arguments(dataset_name="./no/such"), tokenizer)
 
 
 def test_rows_longer_than_the_model_are_refused(tmp_path, tokenizer):
@@ -233,3 +239,8 @@ def test_rows_longer_than_the_model_are_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match="longest row has 4 tokens, but the model has 3 positions; lower --max_source_length"):
         Data(Arguments(train_file=str(path)), tokenizer, max_positions=3)
     Data(Arguments(train_file=str(path)), tokenizer, max_positions=4)
+    with pytest.raises(UserError, match="gives token 12, but the model has 12 embeddings"):
+        Data(Arguments(train_file=str(write(tmp_path / "b.jsonl", [{"source": "w8", "target": "w1"}]))), tokenizer, vocab_size=12)
+    flags = {"task": "causal", "train_file": str(path), "test_file": str(path), "max_target_length": 8}
+    with pytest.raises(UserError, match="longest prompt and generation have 12 tokens, but the model has 11 positions"):
+        Data(Arguments(**flags), tokenizer, max_positions=11)

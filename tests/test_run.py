@@ -150,6 +150,24 @@ def test_classification(train, tiny, rows16, rows5, tmp_path):
 
 
 @pytest.mark.launch
+def test_family_without_a_shift_of_its_own(train, tmp_path, tiny, rows16):
+    """M2M100 (NLLB) leaves shifting the labels to its user."""
+    import transformers as t
+
+    config = t.M2M100Config(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128, pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    t.M2M100ForConditionalGeneration(config).save_pretrained(tmp_path / "m2m")
+    t.AutoTokenizer.from_pretrained(tiny("t5")).save_pretrained(tmp_path / "m2m")
+    options = {"model_name_or_path": tmp_path / "m2m", "train_file": rows16, "test_file": rows16, "max_target_length": 20}
+    result = train(None, max_steps=6, learning_rate=1e-2, logging_steps=2, **options)
+    losses = [record["loss"] for record in result.records("loss")]
+    assert losses[-1] < losses[0] and len((result.folder / "predictions.jsonl").read_text().splitlines()) == 16
+
+
+@pytest.mark.launch
 def test_unused_parameters_are_named(train, tmp_path, tiny, rows16):
     """XLNet has a mask embedding that classification never uses."""
     import transformers as t

@@ -17,7 +17,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "ds_configs").glob("*.md")), *SCRIPTS]
 OTHER_FLAGS = set(
     "config_file num_processes num_machines machine_rank main_process_ip main_process_port deepspeed_multinode_launcher help "
-    "config disable-pip-version-check quiet".split()
+    "config disable-pip-version-check no-cache-dir quiet".split()
 )
 
 

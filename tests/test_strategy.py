@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT
 
 from zerotune.arguments import Arguments
-from zerotune.deepspeed_config import SECTIONS, TOP_KEYS, autos, check_config, resolve
+from zerotune.deepspeed_config import RECORDED, SECTIONS, TOP_KEYS, autos, check_config, resolve
 from zerotune.errors import UserError
 
 JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -64,7 +64,7 @@ def test_known_keys_are_deepspeeds_own():
         fields = model.model_fields.items()
         return {field.alias or name for name, field in fields if not (field.json_schema_extra or {}).get("deprecated")}
 
-    assert keys(DeepSpeedZeroConfig) == SECTIONS["zero_optimization"]
+    assert keys(DeepSpeedZeroConfig) == SECTIONS["zero_optimization"] | RECORDED
     assert keys(DeepSpeedZeroOffloadOptimizerConfig) == SECTIONS["zero_optimization.offload_optimizer"]
     assert keys(DeepSpeedZeroOffloadParamConfig) == SECTIONS["zero_optimization.offload_param"]
     assert keys(DeepSpeedBF16Config) == SECTIONS["bf16"]
@@ -106,6 +106,14 @@ def change(stem, place, value):
         ("zero2", "gradient_accumulation_steps", 8, "gradient_accumulation_steps is 8, but --gradient_accumulation_steps is 3"),
         ("zero2", "gradient_clipping", 1.0, "gradient_clipping is 1.0, but --max_grad_norm is 0.7"),
         ("zero2", "train_batch_size", 7, "train_batch_size is 7, but batch x accumulation x processes is 24"),
+        ("zero2", "bf16", True, "bf16 is true; it must be an object"),
+        (
+            "zero2",
+            "zero_optimization.offload_optimizer",
+            "cpu",
+            'zero_optimization.offload_optimizer is "cpu"; it must be an object',
+        ),
+        ("zero2", "zero_optimization.compute_grad_norm", False, "compute_grad_norm may not be set"),
         ("zero2", "fp16.enabled", True, "fp16.enabled is true, but --mixed_precision is bf16"),
         ("zero2", "zero_optimization.overlap_comm", "auto", 'no rule resolves "auto" at zero_optimization.overlap_comm'),
         ("zero3", "zero_optimization.stage3_gather_16bit_weights_on_model_save", False, "or final/ cannot be written"),

@@ -12,9 +12,9 @@ from zerotune.errors import UserError
 from zerotune.evaluation import load_metrics
 from zerotune.freezing import apply_rules
 from zerotune.loss import count_targets, token_loss_sum
-from zerotune.model import enable_gradient_checkpointing
+from zerotune.model import enable_gradient_checkpointing, shift_right
 from zerotune.optimizer import build_optimizer, lr_at, parameter_groups
-from zerotune.precision import PATIENCE, OverflowWatch
+from zerotune.precision import PATIENCE, OverflowWatch, prepare_scaler, take_step
 from zerotune.records import redact
 
 
@@ -111,6 +111,57 @@ def test_overflow_watch_counts_and_stops():
     for skipped in [True, False] * 30:
         watch.after_step(1, skipped, 1.0)  # a good step in between starts the count again
     assert watch.overflowed_steps == 30
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_overflow_is_seen_with_any_optimizer(fused):
+    """accelerate's own wrapper around torch's scaler: a fused optimizer is stepped in any case and skips by itself."""
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    Accelerator(cpu=True)  # the wrapper reads accelerate's state
+    weight = torch.nn.Parameter(torch.ones(3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    inner = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    optimizer = AcceleratedOptimizer(inner, device_placement=False, scaler=scaler)
+    seen = []
+    for factor in (1.0, float("inf"), 1.0):
+        before = weight.detach().clone()
+        scaler.scale(weight.sum() * factor).backward()
+        seen.append(take_step(SimpleNamespace(scaler=scaler), optimizer))
+        optimizer.zero_grad()
+        assert torch.equal(weight, before) == seen[-1]
+    assert seen == [False, True, False]
+
+
+def test_smallest_loss_scale_is_deepspeeds():
+    scaler = SimpleNamespace(raise_error_at_min_scale=True)
+    optimizer = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+    assert prepare_scaler(optimizer, None) == 1.0 and scaler.raise_error_at_min_scale
+    assert prepare_scaler(optimizer, {"fp16": {"min_loss_scale": 4}}) == 4.0 and not scaler.raise_error_at_min_scale
+    assert prepare_scaler(optimizer, {"fp16": {"loss_scale": 128, "min_loss_scale": 4}}) == 128.0
+
+
+def test_folder_without_tokenizer_is_refused(tmp_path, tiny):
+    from transformers import AutoModelForSeq2SeqLM
+
+    from zerotune.arguments import Arguments
+    from zerotune.model import load_config_and_tokenizer
+
+    AutoModelForSeq2SeqLM.from_pretrained(tiny("t5")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no tokenizer in it; give --tokenizer_name"):
+        load_config_and_tokenizer(Arguments(model_name_or_path=str(tmp_path)))
+    config, tokenizer = load_config_and_tokenizer(Arguments(model_name_or_path=str(tmp_path), tokenizer_name=str(tiny("t5"))))
+    assert len(tokenizer) == config.vocab_size
+    with pytest.raises(UserError, match="--source_lang en_XX: the tokenizer does not know"):
+        load_config_and_tokenizer(Arguments(model_name_or_path=str(tiny("t5")), source_lang="en_XX", target_lang="ro_RO"))
+
+
+def test_right_shift_is_the_models_own():
+    model_class, config = tiny_config("t5", 0.0)
+    labels = torch.tensor([[5, 6, 1], [7, -100, -100]])
+    expected = model_class(config).prepare_decoder_input_ids_from_labels(labels)
+    assert torch.equal(shift_right(config)(labels), expected)
 
 
 def test_metrics_are_local_modules():

@@ -102,7 +102,7 @@ class RunArguments:
         "auto", "auto: the newest checkpoint in output_dir, if there is one; none: start at step 0; or a checkpoint's folder."
     )
     overwrite_output_dir: bool = flag(False, "With --resume_from_checkpoint none: start over in a folder that holds a run.")
-    predict_with_generate: bool = flag(True, "Generate in evaluations, for ROUGE and BLEU (seq2seq); false: loss alone.")
+    predict_with_generate: bool = flag(True, "Generate in evaluations of validation_file, for ROUGE and BLEU; false: loss alone.")
     generation_max_length: int | None = flag(None, "Longest generated text, in tokens. Default: max_target_length.")
     generation_num_beams: int = flag(1, "Beams of generation; 1: greedy.")
     metric: list[str] = flag([], "Metrics for evaluate.load: a local module or a hub name. Default: the task's own, in metrics/.")

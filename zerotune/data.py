@@ -8,7 +8,7 @@ into memory. A row's columns:
     label        str        the class (classification)
     reference    str        the target text as it was given
     prompt_length int       tokens of input_ids that are given at generation (causal pairs)
-    length       int        tokens of the encoder's and the decoder's input together; longest_side: of the longer one
+    length       int        tokens of the encoder's and the decoder's input together; longest_side: of the longer one; largest_id
     num_targets, source_cut, target_cut, line   int; error  str, empty for a good row
 """
 
@@ -21,14 +21,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
 
-from zerotune.batches import deal, rows_of_step
 from zerotune.errors import UserError, nearest
 from zerotune.files import read_rows
 from zerotune.loss import IGNORE
 
-FORMAT = 2  # of the cached rows: raise it when encode() changes what it writes
+FORMAT = 3  # of the cached rows: raise it when encode() changes what it writes
 FLAGS_OF_ROWS = (
     "task source_column target_column text_column label_column source_prefix source_suffix source_lang target_lang "
     "max_source_length max_target_length"
@@ -95,10 +93,10 @@ def encode(batch, tokenizer, args):
         prompts, source_cut = tokenise(tokenizer, sources, max(1, args.max_source_length - len(suffix_ids)))
         alone = bool(args.text_column)  # one text a row: the tokenizer's own special tokens, all of it learned
         limit = args.max_source_length if alone else args.max_target_length
-        answers, target_cut = tokenise(tokenizer, targets, limit, add_special_tokens=alone)
+        answers, target_cut = tokenise(tokenizer, targets, limit - len(eos), add_special_tokens=alone)
         for index, answer in enumerate(answers):
             prompt = [] if alone else prompts[index] + suffix_ids
-            ended = answer if target_cut[index] or answer[-1:] == eos else answer[: limit - len(eos)] + eos
+            ended = answer if target_cut[index] or answer[-1:] == eos else answer + eos
             ids = prompt + ended
             labels = ([IGNORE] * len(prompt) + ended)[1:] + [IGNORE]
             rows.append((ids, labels, len(prompt)))
@@ -111,7 +109,7 @@ def encode(batch, tokenizer, args):
         else:
             labels, target_cut = [[0]] * len(inputs), [0] * len(inputs)  # the class number is filled in by the collator
         rows = [(ids, label, 0) for ids, label in zip(inputs, labels, strict=True)]
-    columns = {key: [] for key in ("input_ids", "labels", "prompt_length", "length", "longest_side", "num_targets")}
+    columns = {key: [] for key in ("input_ids", "labels", "prompt_length", "length", "longest_side", "largest_id", "num_targets")}
     for index, (ids, labels, prompt_length) in enumerate(rows):
         num_targets = sum(label != IGNORE for label in labels)
         if num_targets == 0 and not errors[index]:
@@ -121,6 +119,7 @@ def encode(batch, tokenizer, args):
         columns["prompt_length"].append(prompt_length)
         columns["length"].append(len(ids) + (len(labels) if args.task == "seq2seq" else 0))
         columns["longest_side"].append(max(len(ids), len(labels)))
+        columns["largest_id"].append(max([*ids, *labels, 0]))
         columns["num_targets"].append(num_targets)
     texts = {"label": [label for _, _, label in fields], "reference": targets}
     return columns | texts | {"source_cut": source_cut, "target_cut": target_cut, "line": batch["line"], "error": errors}
@@ -138,32 +137,33 @@ def tokenizer_identity(tokenizer):
     return vocabulary + repr(tokenizer)
 
 
-def load_split(split, args, tokenizer):
+def load_hub(args):
+    """Return the hub data set's splits, {} if the rows come from files; raise UserError if it cannot be had."""
+    if args.dataset_name is None:
+        return {}
+    try:
+        return datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+    except Exception as error:  # datasets raises whatever its loaders raise
+        raise UserError(f"--dataset_name {args.dataset_name}: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_split(split, args, tokenizer, identity, hub):
     """Return (tokenised rows, their SHA-256 name, whether this process did the work) of one split, or (None, None, False).
 
-    The first process to come builds the folder beside its final name and renames it, so that no one reads half of it.
+    identity: tokenizer_identity, taken before the first use, which changes the tokenizer's state. hub: load_hub's splits. The
+    first process to come builds the folder beside its final name and renames it, so that no one reads half of it.
     """
     path = getattr(args, SPLITS[split])
-    if path is None and args.dataset_name is None:
+    if path is None and split not in hub:
         return None, None, False
-    if path is not None:
-        identity = file_sha256(path)
-    else:
-        hub = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
-        if split not in hub:
-            return None, None, False
-        identity = hub[split]._fingerprint
-    flags = (
-        "task source_column target_column text_column label_column source_prefix source_suffix source_lang target_lang "
-        "max_source_length max_target_length"
-    )
-    parts = [FORMAT, identity, Path(path).suffix if path else "", *(getattr(args, name) for name in flags.split())]
-    digest = hashlib.sha256((json.dumps(parts) + tokenizer_identity(tokenizer)).encode()).hexdigest()[:32]
+    source = file_sha256(path) if path is not None else hub[split]._fingerprint
+    parts = [FORMAT, source, Path(path).suffix if path else "", *(getattr(args, name) for name in FLAGS_OF_ROWS.split())]
+    digest = hashlib.sha256((json.dumps(parts) + identity).encode()).hexdigest()[:32]
     root = Path(datasets.config.HF_DATASETS_CACHE) / "zerotune"
     folder, built = root / digest, False
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as scratch:
+        with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as scratch:
             rows = raw_rows(path, hub[split] if path is None else None, scratch)
             if rows is None or len(rows) == 0:
                 raise UserError(f"{path or args.dataset_name}: the {split} split has no rows")
@@ -235,15 +235,17 @@ def sort_labels(labels):
 class Data:
     """The splits of a run: rows[split] is a Dataset of good rows, lengths[split] an int array for cutting batches."""
 
-    def __init__(self, args, tokenizer, model_labels=(), max_positions=None):
+    def __init__(self, args, tokenizer, model_labels=(), max_positions=None, vocab_size=None):
         """Load every split that is there. Raises UserError listing bad rows (all counted, the first ten shown).
 
         model_labels: class names that the model already knows. max_positions: the longest input that it can take, in tokens.
+        vocab_size: its number of embeddings. A hub's test split without a single good row (labels withheld) is left out.
         """
         self.rows, self.lengths, self.digests, self.bad, self.built = {}, {}, {}, {}, {}
         names = {split: getattr(args, flag) or f"{args.dataset_name}[{split}]" for split, flag in SPLITS.items()}
+        identity, hub = tokenizer_identity(tokenizer), load_hub(args)
         for split in SPLITS:
-            rows, digest, built = load_split(split, args, tokenizer)
+            rows, digest, built = load_split(split, args, tokenizer, identity, hub)
             if rows is not None:
                 self.rows[split], self.digests[split], self.built[split] = rows, digest, built
         if "train" not in self.rows:
@@ -253,8 +255,11 @@ class Data:
             found = {label for label in set(self.rows["train"]["label"][:]) if label}
             self.labels = args.labels or (list(model_labels) if found <= set(model_labels) else sort_labels(found))
         problems = []
-        for split, rows in self.rows.items():
+        for split, rows in list(self.rows.items()):
             bad, good = bad_rows(rows, names[split], self.labels)
+            if split == "test" and not good and args.test_file is None:
+                del self.rows[split]
+                continue
             self.bad[split] = len(bad)
             if bad and not args.skip_bad_rows:
                 more = f" (the first ten of {len(bad)})" if len(bad) > 10 else ""
@@ -264,14 +269,33 @@ class Data:
             if bad and not good:
                 problems.append(f"{names[split]}: no good row is left")
             self.lengths[split] = np.asarray(self.rows[split]["length"][:])
-            longest = max(self.rows[split]["longest_side"][:], default=0)
-            if max_positions is not None and longest > max_positions:
-                problems.append(
-                    f"{names[split]}: the longest row has {longest} tokens, but the model has {max_positions} positions; "
-                    "lower --max_source_length or --max_target_length"
-                )
+            problems += self.limits(split, names[split], args, max_positions, vocab_size)
         if problems:
             raise UserError(*problems)
+
+    def limits(self, split, name, args, max_positions, vocab_size):
+        """Return problems with rows that do not fit the model: too long, generation too long, token ids without an embedding."""
+        rows, problems = self.rows[split], []
+        if max_positions is not None:
+            longest = max(rows["longest_side"][:], default=0)
+            room = max(rows["prompt_length"][:], default=0) + (args.generation_max_length or args.max_target_length)
+            generates = split != "train" and args.task == "causal" and not args.text_column
+            for tokens, what in (
+                (longest, "the longest row has"),
+                (room if generates else 0, "the longest prompt and generation have"),
+            ):
+                if tokens > max_positions:
+                    problems.append(
+                        f"{name}: {what} {tokens} tokens, but the model has {max_positions} positions; "
+                        "lower --max_source_length, --max_target_length or --generation_max_length"
+                    )
+        largest = max(rows["largest_id"][:], default=0)
+        if vocab_size is not None and largest >= vocab_size:
+            problems.append(
+                f"{name}: the tokenizer gives token {largest}, but the model has {vocab_size} embeddings; "
+                "give the model's own --tokenizer_name"
+            )
+        return problems
 
     def report(self):
         """Return {split: counts, length percentiles in tokens, truncations} for the log and run.json."""
@@ -302,68 +326,3 @@ def describe(split, facts):
         if cut["rows"]:
             text += f"; {cut['rows']:,} {part}s truncated by {cut['tokens']:,} tokens (one by {cut['longest_cut']:,})"
     return text
-
-
-class Collator:
-    """Pads rows to one batch of tensors on the CPU: input_ids, attention_mask, labels, and decoder_input_ids for seq2seq.
-
-    pad_to_multiple_of: 8 on GPUs, whose matrix units want it. decoder_inputs: the model's own right shift of the labels.
-    """
-
-    def __init__(self, task, pad_token_id, labels=None, pad_to_multiple_of=1, decoder_inputs=None):
-        self.task, self.pad, self.multiple = task, pad_token_id, pad_to_multiple_of
-        self.class_numbers = {name: number for number, name in enumerate(labels or [])}
-        self.decoder_inputs = decoder_inputs
-
-    def pad_rows(self, rows, value, left=False):
-        longest = max(len(row) for row in rows)
-        width = -(-longest // self.multiple) * self.multiple
-        padding = [[value] * (width - len(row)) for row in rows]
-        return torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, padding, strict=True)])
-
-    def __call__(self, columns):
-        """columns: {name: list over rows}, as Dataset slicing returns; gives a dict of int64 tensors."""
-        ids = columns["input_ids"]
-        batch = {"input_ids": self.pad_rows(ids, self.pad), "attention_mask": self.pad_rows([[1] * len(row) for row in ids], 0)}
-        if self.task == "classification":
-            return batch | {"labels": torch.tensor([self.class_numbers[label] for label in columns["label"]])}
-        # A cache of keys and values is for generation; in a training step it would only hold memory.
-        batch |= {"labels": self.pad_rows(columns["labels"], IGNORE), "use_cache": False}
-        if self.decoder_inputs is not None:
-            batch["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
-        return batch
-
-    def prompts(self, columns):
-        """Return the inputs of generation: the source, or (causal) the prompt padded on the left."""
-        ids, left = columns["input_ids"], self.task == "causal"
-        if left:
-            ids = [row[:length] for row, length in zip(ids, columns["prompt_length"], strict=True)]
-        mask = self.pad_rows([[1] * len(row) for row in ids], 0, left)
-        return {"input_ids": self.pad_rows(ids, self.pad, left), "attention_mask": mask}
-
-
-class TrainingSteps(torch.utils.data.Dataset):
-    """Item s is the list of this rank's collated micro-batches of optimizer step s; nothing else decides the data order."""
-
-    def __init__(self, data, collator, args, num_processes, rank):
-        self.rows, self.lengths, self.collator = data.rows["train"], data.lengths["train"], collator
-        self.seed, self.accumulation, self.num_processes, self.rank = (
-            args.seed,
-            args.gradient_accumulation_steps,
-            num_processes,
-            rank,
-        )
-        self.batch_size = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
-
-    def __getitem__(self, step):
-        rows = rows_of_step(step, len(self.rows), self.batch_size, self.seed)
-        dealt = deal(rows, self.lengths[rows], self.accumulation, self.num_processes)
-        return [self.collator(self.rows[ranks[self.rank]]) for ranks in dealt]
-
-
-def count_tokens(batch):
-    """Return (real tokens, tokens with padding) of a collated batch, as Python ints: encoder and decoder inputs together."""
-    real, padded = int(batch["attention_mask"].sum()), batch["attention_mask"].numel()
-    if "decoder_input_ids" in batch:
-        return real + int((batch["labels"] != IGNORE).sum()), padded + batch["labels"].numel()
-    return real, padded

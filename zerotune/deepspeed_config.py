@@ -26,7 +26,7 @@ SECTIONS = {  # section -> the keys it may hold; a test compares them with DeepS
     "zero_optimization": set(
         (
             "stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce "
-            "allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights "
+            "allgather_partitions allgather_bucket_size overlap_comm load_from_fp32_weights "
             "elastic_checkpoint offload_param offload_optimizer sub_group_size stage3_prefetch_bucket_size "
             "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
             "stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold "
@@ -55,6 +55,7 @@ LEARNING_KEYS = {  # what a DeepSpeed JSON may not say, and the flags that do
     "zero_allow_untested_optimizer": "--optim",
     "zero_force_ds_cpu_optimizer": "--optim",
 }
+RECORDED = {"compute_grad_norm"}  # of zero_optimization: switching it off would leave records and bad-step checks without a norm
 
 
 def section(config, path):
@@ -85,6 +86,11 @@ def check_keys(config, name):
     """Return problems with keys: unknown ones (with the nearest known), misplaced ones, and those that are flags' business."""
     problems = []
     homes = {key: path for path, keys in SECTIONS.items() for key in keys}
+    for path in SECTIONS:
+        parent, _, key = path.rpartition(".")
+        value = (section(config, parent) if parent else config).get(key, {})
+        if not isinstance(value, dict):
+            problems.append(f"{name}: {path} is {json.dumps(value)}; it must be an object, as in ds_configs/")
     for path, known in [("", TOP_KEYS), *SECTIONS.items()]:
         for key in section(config, path) if path else config:
             place = f"{path}.{key}" if path else key
@@ -92,6 +98,8 @@ def check_keys(config, name):
                 continue
             if not path and key in LEARNING_KEYS:
                 problems.append(f"{name}: {key!r} is decided by {LEARNING_KEYS[key]} of train.py; remove it here")
+            elif key in RECORDED:
+                problems.append(f"{name}: {place} may not be set: train.py records the gradient norm; remove it")
             elif key in homes or key in TOP_KEYS:
                 home = homes.get(key) or "the top level"
                 problems.append(f"{name}: {place} is misplaced; it belongs in {home}")

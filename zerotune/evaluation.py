@@ -118,8 +118,6 @@ class Evaluator:
             "synced_gpus": plugin is not None and plugin.zero_stage == 3 and self.accelerator.num_processes > 1,
             "pad_token_id": self.tokenizer.pad_token_id,
         }
-        if args.target_lang:  # mBART-like models are told the language by the first token
-            options["forced_bos_token_id"] = self.tokenizer.convert_tokens_to_ids(args.target_lang)
         for columns, real, numbers in self.batches(split):
             prompts = send_to_device(self.collator.prompts(columns), self.accelerator.device)
             with self.accelerator.autocast():

@@ -38,8 +38,9 @@ def csv_rows(path, delimiter):
     csv.field_size_limit(2**31 - 1)
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header, begin = next(reader, []), 2
+        begin = 1
         try:
+            header, begin = next(reader, []), 2
             for fields in reader:
                 if fields and len(fields) != len(header):
                     yield begin, {}, f"{len(fields)} fields, but the header has {len(header)}"

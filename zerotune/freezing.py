@@ -17,7 +17,17 @@ from torch import nn
 from zerotune.errors import UserError, nearest
 
 PARTS = ("encoder", "decoder", "embeddings", "backbone", "head")
-HEAD_NAMES = {"lm_head", "classifier", "score", "classification_head", "cls", "embed_out", "final_logits_bias", "qa_outputs"}
+HEAD_NAMES = {
+    "lm_head",
+    "classifier",
+    "pre_classifier",
+    "score",
+    "classification_head",
+    "cls",
+    "embed_out",
+    "final_logits_bias",
+    "qa_outputs",
+}
 EMBEDDING_NAMES = {"shared", "wte", "wpe"}
 SLICE = re.compile(r"(?:(encoder|decoder)\.)?layers\[(-?\d*)(:?)(-?\d*)\]")
 

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from zerotune.errors import UserError
 
@@ -36,6 +37,7 @@ def load_config_and_tokenizer(args):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **languages)
     except (OSError, ValueError) as error:
         raise UserError(f"--tokenizer_name {name}: {first_line(error)}") from None
+    check_tokenizer(tokenizer, name, args)
     if type(config) not in AUTO_CLASSES[args.task]._model_mapping and not args.trust_remote_code:
         fits = [task for task, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping]
         raise UserError(f"--task {args.task}: a {config.model_type} model cannot do this; it fits {', '.join(fits) or 'no task'}")
@@ -45,6 +47,17 @@ def load_config_and_tokenizer(args):
         # Padding is masked everywhere, so which token it is does not matter; GPT-2 and Llama come without one.
         tokenizer.pad_token = tokenizer.eos_token
     return config, tokenizer
+
+
+def check_tokenizer(tokenizer, name, args):
+    """Raise UserError for a tokenizer that knows no words, which transformers makes up for a folder without its files."""
+    # A byte-level or word-level tokenizer knows more than the word-start mark beside its special tokens.
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) <= 1:
+        raise UserError(f"--tokenizer_name {name}: there is no tokenizer in it; give --tokenizer_name")
+    for flag in ("source_lang", "target_lang"):
+        code = getattr(args, flag)
+        if code is not None and tokenizer.convert_tokens_to_ids(code) in (None, tokenizer.unk_token_id):
+            raise UserError(f"--{flag} {code}: the tokenizer does not know this language; mBART's are like en_XX, ro_RO")
 
 
 def first_line(error):
@@ -60,7 +73,9 @@ def hidden_size(config):
 def max_positions(config):
     """Return how many positions the model has, or None if nothing bounds them (T5's are relative)."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and config.model_type in ROBERTA_FAMILY:
+    if positions is None or positions <= 0:  # XLNet says -1
+        return None
+    if config.model_type in ROBERTA_FAMILY:
         return positions - config.pad_token_id - 1  # RoBERTa numbers positions from after the padding token
     return positions
 
@@ -77,8 +92,8 @@ def load_model(args, config, tokenizer, labels, dtype):
         config.num_labels = len(labels)
         config.id2label, config.label2id = dict(enumerate(labels)), {name: number for number, name in enumerate(labels)}
         config.problem_type = "single_label_classification"
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id  # sequence classifiers find the last real token by it
+    if getattr(config.get_text_config(), "pad_token_id", None) is None:
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id  # sequence classifiers find the last real token by it
     with separate_weights(auto, config, args.model_name_or_path):
         try:
             model, info = auto.from_pretrained(
@@ -99,14 +114,33 @@ def load_model(args, config, tokenizer, labels, dtype):
                 f"--model_name_or_path {args.model_name_or_path}: {mismatch}; ZeRO-3 cannot replace weights of another size on "
                 "loading: use zero2, or a checkpoint without them"
             ) from None
-    if model.get_input_embeddings() is not None and args.task != "classification":
-        rows = model.config.get_text_config().vocab_size
-        if len(tokenizer) > rows:
-            raise UserError(
-                f"the tokenizer has {len(tokenizer)} tokens, but the model only {rows} embeddings; give --tokenizer_name"
-            )
+    if args.target_lang:
+        speak(model, tokenizer, args.target_lang)
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     return model, sorted(set(info["missing_keys"]) | mismatched)
+
+
+def speak(model, tokenizer, language):
+    """Have generation begin in a language, as training does; both configurations keep it, so that final/ does too."""
+    token = tokenizer.convert_tokens_to_ids(language)
+    # mBART-25's targets, shifted, begin with the language itself; mBART-50's and NLLB's with a fixed token and then the language.
+    name = "decoder_start_token_id" if type(tokenizer).__name__.startswith("MBartTokenizer") else "forced_bos_token_id"
+    for config in (model.config, model.generation_config):
+        setattr(config, name, token)
+
+
+def shift_right(config):
+    """Return a function from labels to decoder inputs: the start token, then the labels without their last."""
+    start, pad = config.decoder_start_token_id, config.pad_token_id
+    if start is None:
+        raise UserError(f"a {config.model_type} model has no decoder_start_token_id in its configuration; set one in config.json")
+
+    def shift(labels):
+        shifted = labels.new_full(labels.shape, start)
+        shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == -100, pad)
+        return shifted
+
+    return shift
 
 
 @contextlib.contextmanager
@@ -117,6 +151,11 @@ def separate_weights(auto, config, name_or_path):
     under zero.Init all tensors are empty at that moment, so they look alike and the head would be lost without a word.
     """
     stored = stored_names(name_or_path)
+    if not stored and is_deepspeed_zero3_enabled() and config.model_type in T5_FAMILY:
+        raise UserError(
+            f"--model_name_or_path {name_or_path}: under ZeRO-3 a T5 is loaded from safetensors alone, as nothing else tells "
+            "whether its head is its own; convert it: AutoModelForSeq2SeqLM.from_pretrained(...).save_pretrained(...)"
+        )
     model_class = auto._model_mapping.get(type(config), None)
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     declared = getattr(model_class, "_tied_weights_keys", None)

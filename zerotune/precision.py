@@ -23,8 +23,36 @@ class OverflowWatch:
             )
 
 
+def take_step(accelerator, optimizer):
+    """Let the optimizer step and return whether it skipped the step for non-finite gradients.
+
+    Under DeepSpeed the last backward has stepped already and this only asks. With accelerate's scaler a smaller scale is the sign:
+    a fused optimizer is called in any case and skips by itself, so that accelerate's own flag would never be set.
+    """
+    if accelerator.scaler is None:
+        optimizer.step()
+        return accelerator.optimizer_step_was_skipped
+    before = accelerator.scaler.get_scale()
+    optimizer.step()
+    return accelerator.scaler.get_scale() < before
+
+
 def loss_scale(accelerator, optimizer):
     """Return fp16's present loss scale, from accelerate's scaler or from DeepSpeed's optimizer."""
     if accelerator.scaler is not None:
         return accelerator.scaler.get_scale()
     return float(optimizer.optimizer.loss_scale)
+
+
+def prepare_scaler(optimizer, deepspeed_config):
+    """Return the smallest loss scale that fp16 can fall to, and keep DeepSpeed's scaler from raising when it gets there.
+
+    DeepSpeed's own exception comes at the first overflow there, without advice; OverflowWatch waits for PATIENCE of them.
+    """
+    if deepspeed_config is None:
+        return 1.0
+    scaler = getattr(optimizer.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
+    fp16 = deepspeed_config.get("fp16", {})
+    return float(fp16.get("loss_scale") or fp16.get("min_loss_scale", 1))

@@ -1,7 +1,8 @@
 """The strategy that was launched: processes' backend, DeepSpeed or not, and the proof of which engine runs.
 
-`accelerate launch` names the DeepSpeed JSON in the environment. `python -m zerotune.strategy ACCELERATE.yaml --flags...` checks the
-YAML, its JSON and train.py's flags together, without starting anything; scripts/launch.sh does so before each launch.
+`accelerate launch` names the DeepSpeed JSON in the environment. `python -m zerotune.strategy ACCELERATE.yaml NUM_PROCESSES
+--flags...` checks the YAML, its JSON and train.py's flags together, without starting anything; scripts/launch.sh does so before
+each launch.
 """
 
 import os
@@ -54,7 +55,7 @@ def check_device(args):
 
     if args.mixed_precision == "fp16" and not has_cuda():
         return ["--mixed_precision fp16: this machine's device is a CPU, which cannot train in fp16; use --mixed_precision bf16"]
-    if args.mixed_precision == "bf16" and has_cuda() and not torch.cuda.is_bf16_supported():
+    if args.mixed_precision == "bf16" and has_cuda() and not torch.cuda.is_bf16_supported(including_emulation=False):
         return ["--mixed_precision bf16: this GPU has no bf16; use --mixed_precision fp16 (or no)"]
     return []
 
@@ -129,8 +130,8 @@ def distributed_backend():
     return torch.distributed.get_backend() if torch.distributed.is_initialized() else None
 
 
-def check_launch(path, flags):
-    """Raise UserError with everything wrong with an accelerate YAML, its DeepSpeed JSON and train.py's flags."""
+def check_launch(path, num_processes, flags):
+    """Raise UserError with everything wrong with an accelerate YAML, its DeepSpeed JSON and train.py's flags together."""
     import yaml
 
     from zerotune.arguments import parse_arguments
@@ -145,7 +146,9 @@ def check_launch(path, flags):
     json_path = (content.get("deepspeed_config") or {}).get("deepspeed_config_file")
     if json_path:
         try:
-            check_config(read_deepspeed_config(json_path), json_path, args)
+            config = read_deepspeed_config(json_path)
+            check_config(config, json_path, args)
+            resolve(config, json_path, args, num_processes, hidden_size=1)
         except UserError as error:
             problems += error.problems
     if problems:
@@ -154,7 +157,7 @@ def check_launch(path, flags):
 
 if __name__ == "__main__":
     try:
-        check_launch(sys.argv[1], sys.argv[2:])
+        check_launch(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
     except UserError as error:
         print("\n".join(f"train.py: error: {problem}" for problem in error.problems), file=sys.stderr)
         sys.exit(2)

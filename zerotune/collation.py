@@ -1,0 +1,72 @@
+"""From rows to padded batches: the collator, and the micro-batches of each optimizer step."""
+
+import torch
+
+from zerotune.batches import deal, rows_of_step
+from zerotune.loss import IGNORE
+
+
+class Collator:
+    """Pads rows to one batch of tensors on the CPU: input_ids, attention_mask, labels, and decoder_input_ids for seq2seq.
+
+    pad_to_multiple_of: 8 on GPUs, whose matrix units want it. decoder_inputs: a function from labels to decoder inputs of the same
+    shape, for seq2seq alone.
+    """
+
+    def __init__(self, task, pad_token_id, labels=None, pad_to_multiple_of=1, decoder_inputs=None):
+        self.task, self.pad, self.multiple = task, pad_token_id, pad_to_multiple_of
+        self.class_numbers = {name: number for number, name in enumerate(labels or [])}
+        self.decoder_inputs = decoder_inputs
+
+    def pad_rows(self, rows, value, left=False):
+        longest = max(len(row) for row in rows)
+        width = -(-longest // self.multiple) * self.multiple
+        padding = [[value] * (width - len(row)) for row in rows]
+        return torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, padding, strict=True)])
+
+    def __call__(self, columns):
+        """columns: {name: list over rows}, as Dataset slicing returns; gives a dict of int64 tensors."""
+        ids = columns["input_ids"]
+        batch = {"input_ids": self.pad_rows(ids, self.pad), "attention_mask": self.pad_rows([[1] * len(row) for row in ids], 0)}
+        if self.task == "classification":
+            return batch | {"labels": torch.tensor([self.class_numbers[label] for label in columns["label"]])}
+        # A cache of keys and values is for generation; in a training step it would only hold memory.
+        batch |= {"labels": self.pad_rows(columns["labels"], IGNORE), "use_cache": False}
+        if self.decoder_inputs is not None:
+            batch["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
+        return batch
+
+    def prompts(self, columns):
+        """Return the inputs of generation: the source, or (causal) the prompt padded on the left."""
+        ids, left = columns["input_ids"], self.task == "causal"
+        if left:
+            ids = [row[:length] for row, length in zip(ids, columns["prompt_length"], strict=True)]
+        mask = self.pad_rows([[1] * len(row) for row in ids], 0, left)
+        return {"input_ids": self.pad_rows(ids, self.pad, left), "attention_mask": mask}
+
+
+class TrainingSteps(torch.utils.data.Dataset):
+    """Item s is the list of this rank's collated micro-batches of optimizer step s; nothing else decides the data order."""
+
+    def __init__(self, data, collator, args, num_processes, rank):
+        self.rows, self.lengths, self.collator = data.rows["train"], data.lengths["train"], collator
+        self.seed, self.accumulation, self.num_processes, self.rank = (
+            args.seed,
+            args.gradient_accumulation_steps,
+            num_processes,
+            rank,
+        )
+        self.batch_size = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
+
+    def __getitem__(self, step):
+        rows = rows_of_step(step, len(self.rows), self.batch_size, self.seed)
+        dealt = deal(rows, self.lengths[rows], self.accumulation, self.num_processes)
+        return [self.collator(self.rows[ranks[self.rank]]) for ranks in dealt]
+
+
+def count_tokens(batch):
+    """Return (real tokens, tokens with padding) of a collated batch, as Python ints: encoder and decoder inputs together."""
+    real, padded = int(batch["attention_mask"].sum()), batch["attention_mask"].numel()
+    if "decoder_input_ids" in batch:
+        return real + int((batch["labels"] != IGNORE).sum()), padded + batch["labels"].numel()
+    return real, padded
