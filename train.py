@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from zerotune.arguments import parse_arguments
 from zerotune.collation import Collator, TrainingSteps, count_tokens
 from zerotune.data import Data, describe
 from zerotune.deepspeed_config import has_cuda
-from zerotune.errors import UserError
+from zerotune.errors import RunError, UserError
 from zerotune.evaluation import Evaluator, load_metrics
 from zerotune.export import export
 from zerotune.freezing import GradientWatch, apply_rules
@@ -55,6 +55,7 @@ from zerotune.model import (
 )
 from zerotune.optimizer import build_optimizer, lr_at
 from zerotune.precision import OverflowWatch, loss_scale, prepare_scaler, take_step
+from zerotune.stopping import Interrupted, Stopper, Watchdog, finish, restore_default_signals
 from zerotune.strategy import check_processes, engine_facts, launched_strategy
 
 
@@ -62,7 +63,7 @@ def main():
     # ---- config: every mistake that can be seen without a model is found here --------------------------------------------
     args = parse_arguments()
     strategy = launched_strategy(args)
-    resume_folder = checkpoint.find(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+    checkpoint.check_request(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     records.check_tracker(args.report_to)
     config, tokenizer = load_config_and_tokenizer(args)
 
@@ -103,6 +104,19 @@ def main():
         console.say(f"data: {describe(split, facts)}")
     data_report["tokenised_on_ranks"] = gather_object([accelerator.process_index] if any(data.built.values()) else [])
 
+    # ---- batch arithmetic, and what is gone on from -----------------------------------------------------------------------
+    num_rows = len(data.rows["train"])
+    rows_per_step = args.per_device_train_batch_size * world * args.gradient_accumulation_steps
+    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * num_rows / rows_per_step)
+    warmup_steps = args.warmup_steps or round(args.warmup_ratio * max_steps)
+    equation = (
+        f"{args.per_device_train_batch_size} rows x {world} process(es) x {args.gradient_accumulation_steps} accumulation = "
+        f"{rows_per_step} rows a step; {max_steps} steps = {max_steps * rows_per_step / num_rows:.2f} epochs of {num_rows} rows"
+    )
+    console.say(f"batch: {equation}")
+    mathematics = fingerprint(args, strategy, config, data, max_steps, warmup_steps)
+    found, content = checkpoint.choose(accelerator, args.output_dir, args.resume_from_checkpoint, mathematics, console.say)
+
     # ---- model, freezing -------------------------------------------------------------------------------------------------
     set_seed(args.seed)  # the same on every rank: a new classification head starts alike everywhere
     precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
@@ -131,20 +145,15 @@ def main():
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     batches = TrainingSteps(data, collator, args, world, accelerator.process_index)
-    num_rows, rows_per_step = len(data.rows["train"]), batches.batch_size
-    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * num_rows / rows_per_step)
-    warmup_steps = args.warmup_steps or round(args.warmup_ratio * max_steps)
-    equation = (
-        f"{args.per_device_train_batch_size} rows x {world} process(es) x {args.gradient_accumulation_steps} accumulation = "
-        f"{rows_per_step} rows a step; {max_steps} steps = {max_steps * rows_per_step / num_rows:.2f} epochs of {num_rows} rows"
-    )
-    console.say(f"batch: {equation}")
 
     # ---- resume: the position is one number; data order and learning rate follow from it ---------------------------------
     set_seed(args.seed, device_specific=True)  # dropout differs between ranks
-    if resume_folder is None and args.overwrite_output_dir and accelerator.is_main_process:
+    if found is None and args.overwrite_output_dir and accelerator.is_main_process:
         checkpoint.start_over(args.output_dir)
-    step = checkpoint.load(accelerator, resume_folder) if resume_folder else 0
+    facts = records.environment_facts()
+    frozen = checkpoint.frozen_digest(accelerator, model)
+    manifest_facts = {"fingerprint": mathematics, "frozen_sha256": frozen, "versions": facts["versions"]}
+    step = checkpoint.load(accelerator, model, optimizer, found, content, frozen) if found else 0
     engine = engine_facts(accelerator, strategy, model, optimizer) | {"parameters_partitioned_at_load": num_partitioned}
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -155,18 +164,24 @@ def main():
             "batch_arithmetic": equation,
             "max_steps": max_steps,
             "warmup_steps": warmup_steps,
-            "resumed_from": resume_folder,
+            "resumed_from": found,
             "parameters": {"total": freeze_report.num_total, "trainable": freeze_report.num_trainable},
             "freezing": [vars(rule) for rule in freeze_report.rules],
             "tied": freeze_report.tied,
             "data": data_report,
             "labels": data.labels,
         }
-        records.write_json(Path(args.output_dir) / "run.json", run | records.environment_facts())
+        records.write_json(Path(args.output_dir) / "run.json", run | facts)
     if args.report_to != "none":
         accelerator.init_trackers("zerotune", config={name: str(value) for name, value in vars(args).items()})
     metrics = records.Metrics(args.output_dir, console, accelerator, step)
-    evaluator = Evaluator(accelerator, data, collator, tokenizer, scorers, args)
+    stopper, watchdog = Stopper(), Watchdog(args.hang_timeout_seconds, accelerator.process_index)
+
+    def between_batches():
+        watchdog.beat()
+        stopper.interrupt()
+
+    evaluator = Evaluator(accelerator, data, collator, tokenizer, scorers, args, between_batches)
     console.say("engine: " + ", ".join(f"{key} {value}" for key, value in engine.items()))
 
     # ---- loop ------------------------------------------------------------------------------------------------------------
@@ -176,6 +191,7 @@ def main():
         batch_size=None,  # an item is a whole step already
         collate_fn=list,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=restore_default_signals,
         pin_memory=has_cuda(),
         generator=torch.Generator(),  # without its own, the loader would draw from the global state that dropout uses
     )
@@ -184,7 +200,16 @@ def main():
     watch = GradientWatch(accelerator.unwrap_model(model))
     overflow = OverflowWatch(prepare_scaler(optimizer, deepspeed_plugin and deepspeed_plugin.deepspeed_config))
     window = records.Window(accelerator)
-    evaluated_at = None
+    bad_steps = evaluated_at = saved_at = 0
+
+    def save(position):
+        if warning := accelerator.is_main_process and checkpoint.space_warning(args.output_dir):
+            console.say(warning)
+        with window.paused():
+            saved = checkpoint.save(accelerator, model, optimizer, args.output_dir, position, args.save_total_limit, manifest_facts)
+        metrics.write({"step": position, **saved})
+        return position
+
     console.start(step, max_steps)
     for micro_batches in loader:
         learning_rate = lr_at(
@@ -200,8 +225,9 @@ def main():
         # Targets of the whole step, over all micro-batches and ranks: the one divisor that makes every cut the same update.
         targets = sum(count_targets(batch) for batch in micro_batches)
         targets = accelerator.reduce(torch.full((), targets, device=accelerator.device, dtype=torch.float32), reduction="sum")
-        window.target_tokens += targets
+        step_loss = torch.zeros((), device=accelerator.device)
         for index, batch in enumerate(micro_batches):
+            watchdog.beat()
             window.add_tokens(count_tokens(batch))
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             labels = batch.pop("labels")
@@ -210,13 +236,12 @@ def main():
                 loss_sum = token_loss_sum(model(**batch).logits, labels)
                 # x world: DDP and DeepSpeed average gradients over the ranks, and this loss is to be summed.
                 accelerator.backward(loss_sum * (world / targets), **backward_options)
-            window.loss_sum += loss_sum.detach()
-        # Under DeepSpeed the last backward has clipped and stepped already; these three then only report the norm.
+            step_loss += loss_sum.detach()
+        # Under DeepSpeed the last backward has clipped and stepped already; these three then only report.
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-        skipped = take_step(accelerator, optimizer)
+        skipped = take_step(accelerator, optimizer, grad_norm)
         optimizer.zero_grad()
         step += 1
-        window.steps += 1
         console.advance()
 
         if watch is not None:
@@ -224,31 +249,65 @@ def main():
             watch = None
         if args.mixed_precision == "fp16":
             overflow.after_step(step, skipped, loss_scale(accelerator, optimizer))
+        elif skipped:
+            bad_steps += 1
+            lines = batches.lines_of_step(step - 1)
+            metrics.write({"step": step, "bad_step": "non-finite loss or gradient; weights unchanged", "train_file_lines": lines})
+            if bad_steps == args.max_bad_steps:
+                save(step - bad_steps)
+                raise RunError(f"step {step}: {bad_steps} bad steps in a row; the last good state is saved, see metrics.jsonl")
+        if not skipped:
+            bad_steps = 0
+            window.add_step(step_loss, targets)
         if step % args.logging_steps == 0 or step == max_steps:
             counts = {"overflowed_steps": overflow.overflowed_steps} if args.mixed_precision == "fp16" else {}
             epoch = step * rows_per_step / num_rows
             metrics.write(window.record(step, epoch, learning_rate, grad_norm, **counts))
         if args.eval_steps and step % args.eval_steps == 0 and "validation" in data.rows:
-            with window.paused():
+            with window.paused(), suppress(Interrupted):
                 metrics.write(evaluator.evaluate(model, "validation", step)[0])
-            evaluated_at = step
-        if args.save_steps and (step % args.save_steps == 0 or step == max_steps):
-            with window.paused():
-                saved = checkpoint.save(accelerator, args.output_dir, step, args.save_total_limit)
-            metrics.write({"step": step, **saved})
+                evaluated_at = step
+        stop = stopper.agreed()
+        if args.save_steps and (step % args.save_steps == 0 or step == max_steps) or stop:
+            saved_at = save(step)
+        if stop:
+            break
     console.stop()
 
     # ---- final evaluation and export -------------------------------------------------------------------------------------
-    if "validation" in data.rows and evaluated_at != step:
-        metrics.write(evaluator.evaluate(model, "validation", step)[0])
-    if "test" in data.rows:
-        record, predicted = evaluator.evaluate(model, "test", step)
-        metrics.write(record)
-        write_predictions(Path(args.output_dir) / "predictions.jsonl", evaluator.prediction_rows("test", predicted))
-    final = export(accelerator, model, tokenizer, args.output_dir, args.task, args.trust_remote_code)
-    console.say(f"final: {final} loads with from_pretrained, weights compared")
+    with suppress(Interrupted):
+        stopper.interrupt()
+        if "validation" in data.rows and evaluated_at != step:
+            metrics.write(evaluator.evaluate(model, "validation", step)[0])
+        if "test" in data.rows:
+            record, predicted = evaluator.evaluate(model, "test", step)
+            metrics.write(record)
+            write_predictions(Path(args.output_dir) / "predictions.jsonl", evaluator.prediction_rows("test", predicted))
+        watchdog.stop()
+        final = export(accelerator, model, tokenizer, args.output_dir, args.task, args.trust_remote_code)
+        console.say(f"final: {final} loads with from_pretrained, weights compared")
+    if (stop := stopper.known) and saved_at != step:
+        save(step)
+    if stop:
+        console.say(f"stopped by signal {stop} after step {step}; the same command goes on from there")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    return 128 + stop if stop else 0
+
+
+def fingerprint(args, strategy, config, data, max_steps, warmup_steps):
+    """Return what decides the mathematics of a run, for comparison on resume; what only logs, evaluates or saves is not in it."""
+    names = (
+        "task freeze unfreeze mixed_precision per_device_train_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type "
+        "weight_decay optim max_grad_norm seed"
+    )
+    facts = {f"--{name}": getattr(args, name) for name in names.split()}
+    model = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
+    facts |= {"model configuration": records.sha256_of(model), "warm-up steps": warmup_steps}
+    if args.lr_scheduler_type != "constant":
+        facts["steps of the schedule"] = max_steps  # a constant rate can be kept up for longer
+    facts |= {"training rows": f"{data.digests['train']}, {len(data.rows['train'])} rows", "labels": data.labels}
+    return facts | {"strategy": strategy.summary, "processes": strategy.num_processes}
 
 
 def first_on_each_node(accelerator, function):
@@ -285,12 +344,7 @@ def write_predictions(path, rows):
 
 if __name__ == "__main__":
     try:
-        main()
-        # Everything is written and every tracker closed. The libraries' threads do not always survive the interpreter's own end
-        # (one launch in a hundred aborted there), and a finished run must not be reported as a failed one.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        finish(main())
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank > 0:
@@ -299,4 +353,4 @@ if __name__ == "__main__":
             time.sleep(5)
         where = f" (rank {rank})" if rank > 0 else ""
         print("\n".join(f"train.py: error{where}: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
-        sys.exit(2)
+        finish(error.code)

@@ -49,6 +49,9 @@ if ((NUM_MACHINES > 1)); then
     launch+=(--main_process_ip "${MAIN_PROCESS_IP:?the address of machine 0}" --main_process_port "${MAIN_PROCESS_PORT:-29500}")
     [[ $STRATEGY == zero* ]] && launch+=(--deepspeed_multinode_launcher standard)
 fi
+if [[ $STRATEGY == single ]]; then
+    launch=("$PYTHON") # one process needs no launcher, which would not pass signals on
+fi
 launch+=("$ROOT/train.py" "$@")
 
 for word in "$@"; do
@@ -63,4 +66,36 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
     echo
     exit 0
 fi
-exec "${launch[@]}"
+
+# A signal (a scheduler's SIGTERM or SIGUSR1, Ctrl-C) is passed on once; the ranks save and leave their exit code, 128 + signal, in a
+# file, because the launcher itself ends with 1 whatever they say. The ranks get time to save before the launcher kills them. A
+# session of their own keeps a terminal's Ctrl-C from reaching them twice; a second one ends everything at once.
+ZEROTUNE_EXIT_CODE_FILE="$(mktemp)"
+export ZEROTUNE_EXIT_CODE_FILE
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
+setsid "${launch[@]}" &
+child=$!
+interrupts=0
+# shellcheck disable=SC2329  # called by the trap
+interrupt() {
+    interrupts=$((interrupts + 1))
+    if ((interrupts > 1)); then
+        pkill -KILL -P "$child" || true
+        kill -KILL "$child" || true
+    else
+        kill -INT "$child" || true
+    fi
+}
+trap interrupt INT
+trap 'kill -TERM "$child" || true' TERM
+trap 'kill -USR1 "$child" || true' USR1
+status=0
+while kill -0 "$child" 2>/dev/null; do
+    wait "$child" && status=0 || status=$?
+done
+if [[ -s $ZEROTUNE_EXIT_CODE_FILE ]]; then
+    status="$(cat "$ZEROTUNE_EXIT_CODE_FILE")"
+fi
+rm -f "$ZEROTUNE_EXIT_CODE_FILE"
+exit "$status"

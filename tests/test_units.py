@@ -128,7 +128,8 @@ def test_overflow_is_seen_with_any_optimizer(fused):
     for factor in (1.0, float("inf"), 1.0):
         before = weight.detach().clone()
         scaler.scale(weight.sum() * factor).backward()
-        seen.append(take_step(SimpleNamespace(scaler=scaler), optimizer))
+        state = SimpleNamespace(deepspeed_plugin=None)
+        seen.append(take_step(SimpleNamespace(scaler=scaler, state=state), optimizer, float("nan")))
         optimizer.zero_grad()
         assert torch.equal(weight, before) == seen[-1]
     assert seen == [False, True, False]

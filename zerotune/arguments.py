@@ -101,6 +101,8 @@ class RunArguments:
     resume_from_checkpoint: str = flag(
         "auto", "auto: the newest checkpoint in output_dir, if there is one; none: start at step 0; or a checkpoint's folder."
     )
+    max_bad_steps: int = flag(5, "Steps in a row with a non-finite loss or gradient, each skipped, after which the run stops.")
+    hang_timeout_seconds: float = flag(600.0, "Seconds without progress on a rank after which the job is ended with all stacks.")
     overwrite_output_dir: bool = flag(False, "With --resume_from_checkpoint none: start over in a folder that holds a run.")
     predict_with_generate: bool = flag(True, "Generate in evaluations of validation_file, for ROUGE and BLEU; false: loss alone.")
     generation_max_length: int | None = flag(None, "Longest generated text, in tokens. Default: max_target_length.")
@@ -197,7 +199,8 @@ def check_arguments(args):
             need(Path(path).suffix in DATA_SUFFIXES, f"--{name} {path}: the ending must be one of {' '.join(DATA_SUFFIXES)}")
     positive = (
         "max_source_length max_target_length preprocessing_num_workers per_device_train_batch_size per_device_eval_batch_size "
-        "gradient_accumulation_steps num_train_epochs logging_steps save_total_limit generation_num_beams"
+        "gradient_accumulation_steps num_train_epochs logging_steps save_total_limit generation_num_beams "
+        "max_bad_steps hang_timeout_seconds"
     )
     for name in positive.split():
         need(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: must be greater than 0")

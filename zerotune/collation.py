@@ -56,10 +56,15 @@ class TrainingSteps(torch.utils.data.Dataset):
             num_processes,
             rank,
         )
-        self.batch_size = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
+        self.rows_per_step = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
+
+    def lines_of_step(self, step):
+        """Return the lines, in the training file, of the rows that optimizer step `step` takes on all ranks."""
+        rows = rows_of_step(step, len(self.rows), self.rows_per_step, self.seed)
+        return self.rows[rows]["line"]
 
     def __getitem__(self, step):
-        rows = rows_of_step(step, len(self.rows), self.batch_size, self.seed)
+        rows = rows_of_step(step, len(self.rows), self.rows_per_step, self.seed)
         dealt = deal(rows, self.lengths[rows], self.accumulation, self.num_processes)
         return [self.collator(self.rows[ranks[self.rank]]) for ranks in dealt]
 

@@ -10,6 +10,14 @@ class UserError(Exception):
         super().__init__("\n".join(problems))
         self.problems = list(problems)
 
+    code = 2  # of the process
+
+
+class RunError(UserError):
+    """A run that cannot go on, for reasons that only showed in it."""
+
+    code = 1
+
 
 def nearest(name, known, count=3):
     """Return ' (did you mean a, b?)' for the known names closest to `name`, or ''."""

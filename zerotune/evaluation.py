@@ -46,8 +46,9 @@ def evaluating(model):
 class Evaluator:
     """Evaluates splits of `data` with what stays the same over a run."""
 
-    def __init__(self, accelerator, data, collator, tokenizer, metrics, args):
-        """metrics: {name: module} from load_metrics."""
+    def __init__(self, accelerator, data, collator, tokenizer, metrics, args, between_batches):
+        """metrics: {name: module} from load_metrics. between_batches: called on every rank before each batch; may raise."""
+        self.between_batches = between_batches
         self.accelerator, self.data, self.collator, self.tokenizer = accelerator, data, collator, tokenizer
         self.metrics, self.args = metrics, args
 
@@ -62,6 +63,7 @@ class Evaluator:
         accelerator = self.accelerator
         per_device = self.args.per_device_eval_batch_size
         for numbers, real in evaluation_batches(lengths, per_device, accelerator.num_processes, accelerator.process_index):
+            self.between_batches()
             yield rows[numbers], torch.from_numpy(real), numbers
 
     def evaluate(self, model, split, step):

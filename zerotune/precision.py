@@ -1,6 +1,8 @@
-"""fp16's loss scale: count the steps that overflow, and stop a run that learns nothing any more."""
+"""Steps that must not be taken: non-finite numbers, and fp16's overflows with the loss scale that follows them."""
 
-from zerotune.errors import UserError
+import math
+
+from zerotune.errors import RunError
 
 PATIENCE = 20  # overflowed steps in a row at the smallest loss scale before the run stops
 
@@ -13,28 +15,33 @@ class OverflowWatch:
         self.minimum, self.overflowed_steps, self.stuck = minimum, 0, 0
 
     def after_step(self, step, skipped, loss_scale):
-        """Take note of one step; raise UserError after PATIENCE overflows in a row with the loss scale at its minimum."""
+        """Take note of one step; raise RunError after PATIENCE overflows in a row with the loss scale at its minimum."""
         self.overflowed_steps += bool(skipped)
         self.stuck = self.stuck + 1 if skipped and loss_scale <= self.minimum else 0
         if self.stuck >= PATIENCE:
-            raise UserError(
+            raise RunError(
                 f"step {step}: fp16 gradients overflowed {PATIENCE} steps in a row at the smallest loss scale "
                 f"({self.minimum:g}), so nothing is learned; use --mixed_precision bf16 (or no), or a smaller --learning_rate"
             )
 
 
-def take_step(accelerator, optimizer):
-    """Let the optimizer step and return whether it skipped the step for non-finite gradients.
+def take_step(accelerator, optimizer, grad_norm):
+    """Let the optimizer step, unless gradients are not finite; return whether the step was skipped, the same on every rank.
 
-    Under DeepSpeed the last backward has stepped already and this only asks. With accelerate's scaler a smaller scale is the sign:
-    a fused optimizer is called in any case and skips by itself, so that accelerate's own flag would never be set.
+    A rank's non-finite loss makes its gradients so, and their reduction everyone's. Under DeepSpeed the last backward has stepped
+    or skipped already and this only asks. With accelerate's scaler a smaller scale is the sign: a fused optimizer is called in any
+    case and skips by itself, so that accelerate's own flag would never be set.
     """
-    if accelerator.scaler is None:
-        optimizer.step()
+    if accelerator.state.deepspeed_plugin is not None:
         return accelerator.optimizer_step_was_skipped
-    before = accelerator.scaler.get_scale()
+    if accelerator.scaler is not None:
+        before = accelerator.scaler.get_scale()
+        optimizer.step()
+        return accelerator.scaler.get_scale() < before
+    if not math.isfinite(float(grad_norm)):
+        return True
     optimizer.step()
-    return accelerator.scaler.get_scale() < before
+    return False
 
 
 def loss_scale(accelerator, optimizer):

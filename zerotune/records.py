@@ -4,6 +4,7 @@ One record is one dict: the same numbers go to metrics.jsonl, to the console and
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -33,6 +34,11 @@ def finite(value):
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sha256_of(value):
+    """Return the SHA-256 of a JSON-like value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def write_json(path, content):
@@ -110,7 +116,7 @@ class Console:
 
     def show(self, record):
         """Show a record: beside the bar if it is a training one and there is a bar, else as a line."""
-        if self.bar is not None and "loss" in record:
+        if self.bar is not None and record.get("loss") is not None:
             memory = record["peak_device_memory_gib"] or record["peak_host_memory_gib"]
             numbers = f"{record['tokens_per_second']:,.0f} tokens/s, {memory:.1f} GiB"
             self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {numbers}")
@@ -143,11 +149,17 @@ class Metrics:
 
     def write(self, record):
         if self.accelerator.is_main_process:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+            try:
+                self._append(record)
+            except OSError as error:  # a full disk costs the record, not the run
+                self.console.say(f"warning: {self.path}: {error.strerror}; the record is shown here alone")
         self.console.show(record)
         scalars = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
         self.accelerator.log(scalars, step=record["step"])
+
+    def _append(self, record):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(finite(record), allow_nan=False) + "\n")
 
 
 def step_of(line):
@@ -171,6 +183,12 @@ class Window:
         self.real_tokens = self.padded_tokens = self.steps = 0
         self.begin = time.perf_counter()
 
+    def add_step(self, loss_sum, targets):
+        """Count one optimizer step: its summed loss on this rank and the target tokens of all ranks, device scalars."""
+        self.loss_sum += loss_sum
+        self.target_tokens += targets
+        self.steps += 1
+
     def add_tokens(self, counts):
         """counts: (real tokens, tokens with padding) of one micro-batch."""
         self.real_tokens, self.padded_tokens = self.real_tokens + counts[0], self.padded_tokens + counts[1]
@@ -193,13 +211,13 @@ class Window:
         record = {
             "step": step,
             "epoch": round(epoch, 4),
-            "loss": loss_sum / targets,
+            "loss": loss_sum / targets if targets else None,  # every step of the window was skipped
             "learning_rate": learning_rate,
             "grad_norm": float(grad_norm),
             "target_tokens": int(targets),
             "tokens_per_second": round(real / seconds, 1),
             "padding_fraction": round(1 - real / padded, 4),
-            "step_seconds": round(seconds / self.steps, 4),
+            "step_seconds": round(seconds / max(1, self.steps), 4),
             **dict(zip(memory, ranks[:, 3:].max(0).values.tolist(), strict=True)),
             **more,
         }

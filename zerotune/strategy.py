@@ -35,6 +35,15 @@ class Strategy:
         return "WORLD_SIZE" in os.environ
 
     @property
+    def summary(self):
+        """Return what decides the layout of a checkpoint: 'no DeepSpeed', or the stage and where states lie."""
+        if self.config is None:
+            return "no DeepSpeed"
+        zero = self.config["zero_optimization"]
+        places = ", ".join(f"{kind} {section(zero, f'offload_{kind}').get('device', 'none')}" for kind in ("optimizer", "param"))
+        return f"ZeRO-{zero['stage']}, offload: {places}"
+
+    @property
     def optimizer_on_host(self):
         """Tell whether DeepSpeed keeps the optimizer states outside the device (CPU memory or NVMe)."""
         return section(self.config or {}, "zero_optimization.offload_optimizer").get("device", "none") != "none"

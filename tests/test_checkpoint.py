@@ -1,0 +1,297 @@
+"""Checkpoints under everything that happens to runs: kills, signals, damage, full disks, bad numbers, stalled and dead ranks."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, text
+from state import state_hash
+from torture import campaign, demo_flags, ranks_of, start, wait_for_training
+
+from zerotune import manifest
+from zerotune.checkpoint import choose, list_checkpoints
+from zerotune.errors import UserError
+
+OPTIONS = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_total_limit": 20,
+}
+
+
+def copy_up_to(source, target, step):
+    """Copy a run as it was when checkpoint-<step> had just been written, its later records and a half-written save included."""
+    shutil.copytree(source, target)
+    for number, folder in list_checkpoints(target):
+        if number > step:
+            shutil.rmtree(folder)
+    shutil.rmtree(target / "final")
+    (target / f"checkpoint-{step + 1}.tmp").mkdir()
+
+
+# (strategy, processes, precision, frozen): 32 steps of 2 x 2 x processes rows; 16 rows are an epoch.
+RESUMES = [
+    (None, 1, "bf16", []),
+    ("ddp", 2, "no", ["encoder"]),
+    ("zero2", 2, "bf16", ["encoder"]),
+    ("zero2", 1, "no", []),
+    ("zero3", 2, "no", ["encoder"]),
+    ("zero3_offload", 2, "bf16", []),
+]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("strategy, processes, precision, freeze", RESUMES)
+def test_resume_is_bitwise(train, tiny, rows16, strategy, processes, precision, freeze):
+    """A run in one go and one resumed end in the same weights, optimizer and random states; dropout is on.
+
+    Resumed once after an evaluation at an epoch's border and once at a random step.
+    """
+    options = OPTIONS | {
+        "model_name_or_path": tiny("t5", 0.1), "train_file": rows16, "validation_file": rows16, "predict_with_generate": False,
+        "mixed_precision": precision, "freeze": freeze or None, "max_steps": 7, "save_steps": 1, "eval_steps": 2,
+        "dataloader_num_workers": 1,
+    }  # fmt: skip
+    straight = train(strategy, processes=processes, name="straight", **options)
+    last = straight.folder / "checkpoint-7"
+    border = 16 // (4 * processes)
+    steps = {border, random.Random(f"{strategy}{precision}").choice([step for step in range(1, 7) if step != border])}
+    for step in sorted(steps) if strategy in ("ddp", "zero3") else [border]:
+        copy_up_to(straight.folder, straight.folder.with_name(f"at{step}"), step)
+        again = train(strategy, processes=processes, name=f"at{step}", **options)
+        assert again.run["resumed_from"].endswith(f"checkpoint-{step}")
+        assert state_hash(again.folder / "checkpoint-7") == state_hash(last)
+        assert again.weights().keys() == straight.weights().keys()
+        assert all(torch.equal(tensor, straight.weights()[name]) for name, tensor in again.weights().items())
+        numbers = [[(r["step"], r["loss"], r["grad_norm"]) for r in run.records("loss")] for run in (straight, again)]
+        assert numbers[0] == numbers[1] and len(numbers[0]) == 7
+        assert not list(again.folder.glob("*.tmp"))
+    assert state_hash(straight.folder / "checkpoint-6") != state_hash(last)
+    saved = straight.records("checkpoint_bytes")[-1]
+    assert saved["checkpoint_bytes"] == sum(facts["bytes"] for facts in manifest.read(last)["files"].values())
+    if freeze:
+        assert manifest.read(last)["frozen_sha256"]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, rows16, tmp_path_factory):
+    """Return the folder of a finished DDP run with checkpoints 2, 4 and 6, and its command line."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    flags = ["--model_name_or_path", str(tiny("t5", 0.1)), "--train_file", str(rows16), "--max_steps", "6", "--save_steps", "2"]
+    flags += ["--save_total_limit", "5", "--per_device_train_batch_size", "2", "--lr_scheduler_type", "constant"]
+    with open(folder.parent / "log", "w") as log:
+        assert start("ddp", folder, flags, log).wait() == 0, (folder.parent / "log").read_text()
+    assert [step for step, _ in list_checkpoints(folder)] == [2, 4, 6]
+    return folder, flags
+
+
+def damage(folder, kind, generator):
+    """Damage one checkpoint; return what was done."""
+    files = [folder / name for name in manifest.list_files(folder)]
+    victim = generator.choice(files)
+    if kind == "bit flip":
+        victim = generator.choice([*files, folder / manifest.NAME])
+        content = bytearray(victim.read_bytes())
+        place = generator.randrange(len(content))
+        content[place] ^= 1 << generator.randrange(8)
+        victim.write_bytes(content)
+    elif kind == "truncation":
+        victim = generator.choice([*files, folder / manifest.NAME])
+        victim.write_bytes(victim.read_bytes()[: generator.randrange(victim.stat().st_size)])
+    elif kind == "missing file":
+        victim = generator.choice([*files, folder / manifest.NAME])
+        victim.unlink()
+    elif kind == "swapped shards":
+        other = next(path for path in files if path != victim and path.read_bytes() != victim.read_bytes())
+        contents = victim.read_bytes(), other.read_bytes()
+        victim.write_bytes(contents[1])
+        other.write_bytes(contents[0])
+    elif kind == "stale manifest":
+        older = list_checkpoints(folder.parent)[0][1]
+        shutil.copy(older / manifest.NAME, folder / manifest.NAME)
+    else:
+        (folder / "extra.pt").write_bytes(b"unlisted")
+    return f"{kind} of {victim.name}"
+
+
+KINDS = ["bit flip", "truncation", "missing file", "swapped shards", "stale manifest", "unlisted file"]
+
+
+def test_damage_is_found_and_the_checkpoint_before_is_taken(finished, tmp_path):
+    from accelerate import Accelerator
+
+    accelerator, generator = Accelerator(cpu=True), random.Random(1)
+    fingerprint = manifest.read(finished[0] / "checkpoint-6")["fingerprint"]
+    assert manifest.verify(finished[0] / "checkpoint-6")[1] == []
+    for kind in KINDS * 3:
+        run = tmp_path / "run"
+        shutil.copytree(finished[0], run)
+        what = damage(run / "checkpoint-6", kind, generator)
+        said = []
+        folder, content = choose(accelerator, run, "auto", fingerprint, said.append)
+        assert folder == run / "checkpoint-4" and content["step"] == 4, what
+        assert (run / "checkpoint-6.damaged").is_dir() and "checkpoint-6 is damaged" in said[0], what
+        with pytest.raises(UserError, match="damaged"):
+            choose(accelerator, run, str(run / "checkpoint-6.damaged"), fingerprint, said.append)
+        shutil.rmtree(run)
+
+
+@pytest.mark.launch
+def test_what_changes_the_mathematics_is_refused(finished, tmp_path, tiny, rows16):
+    """Each refusal names what differs, ends with code 2 and touches nothing; harmless changes and more steps go on."""
+    run, flags = tmp_path / "run", finished[1]
+    shutil.copytree(finished[0], run)
+    other_rows = tmp_path / "other.jsonl"
+    other_rows.write_text(rows16.read_text() + json.dumps({"source": "w1", "target": "w2"}) + "\n")
+    before = sorted(path.name for path in run.rglob("*"))
+
+    def attempt(strategy, *more):
+        with open(tmp_path / "log", "w") as log:
+            code = start(strategy, run, [*flags, *map(str, more)], log).wait()
+        return code, (tmp_path / "log").read_text()
+
+    cases = [
+        ("ddp", ["--seed", 7, "--learning_rate", 1e-2, "--freeze", "encoder"], ["--seed was 42 and is 7", "--freeze was []"]),
+        ("ddp", ["--train_file", other_rows, "--model_name_or_path", tiny("t5")], ["training rows was", "model configuration"]),
+        ("zero2", [], ["strategy was 'no DeepSpeed' and is 'ZeRO-2"]),
+        ("ddp", ["--resume_from_checkpoint", run], ["no complete checkpoint"]),
+    ]
+    for strategy, more, messages in cases:
+        code, output = attempt(strategy, *more)
+        assert code == 2 and all(message in output for message in messages), output
+        assert 'Traceback (most recent call last):\n  File "/' not in output.partition("train.py: error")[0]
+        assert sorted(path.name for path in run.rglob("*")) == before
+    code, output = attempt("ddp", "--max_steps", 8, "--logging_steps", 2, "--save_steps", 4)
+    assert code == 0 and [step for step, _ in list_checkpoints(run)] == [2, 4, 6, 8], output
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("strategy, number, moment", [
+    ("ddp", signal.SIGTERM, "step"), ("zero3", signal.SIGUSR1, "evaluation"), ("zero2", signal.SIGINT, "save"),
+])  # fmt: skip
+def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path, strategy, number, moment):
+    """The rank that gets it is the second; the launcher's exit code is 128 + signal, and the same command goes on."""
+    flags, run = demo_flags(tmp_path, 4000), tmp_path / "run"
+    flags += ["--save_steps", "1" if moment == "save" else "0", "--validation_file", str(tmp_path / "rows.jsonl")]
+    flags += ["--predict_with_generate", "false", "--eval_steps", "1" if moment == "evaluation" else "0"]
+    with open(tmp_path / "log", "w") as log:
+        since = time.time()
+        process = start(strategy, run, flags, log)
+        assert wait_for_training(process, run, since), (tmp_path / "log").read_text()[-3000:]
+        time.sleep(1)
+        os.kill(ranks_of(run)[1], number)
+        code = process.wait(timeout=120)
+    output = (tmp_path / "log").read_text()
+    assert code == 128 + number and f"stopped by signal {number:d} after step" in output, output[-3000:]
+    step, folder = list_checkpoints(run)[-1]
+    assert manifest.verify(folder)[1] == [] and 0 < step < 4000 and not (run / "final").exists()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(record["step"] for record in records) == step
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_bad_numbers_are_skipped_on_all_ranks(train, tiny, tmp_path, strategy):
+    """One row holds a word whose embedding is infinite: its rank's loss is not finite. The step leaves all state as it was."""
+    import transformers as t
+
+    model = t.AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    tokenizer = t.AutoTokenizer.from_pretrained(tiny("llama"))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("w59")] = float("inf")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = [text(n, 3 + n).replace("w59", "w58") for n in range(8)]
+    rows = [{"source": f"{words[n]} w59" if n == 5 else words[n], "target": "w1 w2"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"model_name_or_path": tmp_path / "model", "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 1}
+    options |= {"task": "causal", "save_total_limit": 20, "per_device_train_batch_size": 1}
+    result = train(strategy, train_file=tmp_path / "rows.jsonl", max_steps=4, max_grad_norm=0, **options)
+    (bad,) = result.records("bad_step")
+    assert 6 in bad["train_file_lines"] and len(bad["train_file_lines"]) == 2
+    counters = ("global_steps", "global_samples", "skipped_steps", "overflow", "micro_steps", "loss_scaler", "ds_config", "lr")
+    files = "state.pt" if strategy == "ddp" else "*_states.pt"  # not the random states: the skipped step has drawn from them
+    kept = {step: state_hash(folder, skip=counters, only=files) for step, folder in list_checkpoints(result.folder)}
+    before = bad["step"] - 1 or bad["step"] + 1
+    assert len(kept) == 4 and (bad["step"] == 1 or kept[bad["step"]] == kept[before])
+    good = [step for step in (2, 3, 4) if step != bad["step"]]
+    assert all(kept[step] != kept[step - 1] for step in good)
+    assert [record["loss"] is None for record in result.records("loss")] == [step == bad["step"] for step in (1, 2, 3, 4)]
+
+    (tmp_path / "poison.jsonl").write_text(json.dumps(rows[5]) + "\n")
+    stopped = train(
+        strategy, check=False, name="all", train_file=tmp_path / "poison.jsonl", max_steps=9, max_bad_steps=2, **options
+    )
+    assert stopped.code == 1 and "2 bad steps in a row; the last good state is saved" in stopped.output
+    assert (stopped.folder / "checkpoint-0" / manifest.NAME).exists()
+
+
+@pytest.mark.launch
+def test_stalled_and_dead_ranks_end_the_job(tmp_path):
+    """SIGSTOP to one rank: within the timeout the job ends with the stacks of both. SIGKILL: it ends at once."""
+    flags = demo_flags(tmp_path, 100_000)
+    for name, number, more in (("stalled", signal.SIGSTOP, ["--hang_timeout_seconds", "6"]), ("dead", signal.SIGKILL, [])):
+        run = tmp_path / name
+        with open(tmp_path / f"{name}.log", "w") as log:
+            since = time.time()
+            process = start("ddp", run, [*flags, *more], log)
+            assert wait_for_training(process, run, since)
+            time.sleep(0.5)
+            os.kill(ranks_of(run)[1], number)
+            code = process.wait(timeout=66)
+        output = (tmp_path / f"{name}.log").read_text()
+        assert code == 1
+        while ranks_of(run):
+            time.sleep(0.1)
+        assert list_checkpoints(run) and manifest.verify(list_checkpoints(run)[-1][1])[1] == []
+        if name == "stalled":
+            assert "no progress for 6 s" in output and output.count("most recent call first") >= 2, output[-3000:]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_a_full_disk_costs_a_save_and_nothing_else(tmp_path, strategy):
+    """On a file system with room for one checkpoint and a part of the next, wherever that part ends, the run goes on to its end."""
+    flags = [*demo_flags(tmp_path, 9), "--save_total_limit", "1"]
+    with open(tmp_path / "log", "w") as log:
+        assert start(strategy, tmp_path / "measure", flags, log).wait() == 0, (tmp_path / "log").read_text()[-3000:]
+    size = sum(path.stat().st_size for path in list_checkpoints(tmp_path / "measure")[-1][1].rglob("*") if path.is_file())
+    for share in (0.1, 0.55):
+        disk = tmp_path / f"disk{share}"
+        disk.mkdir()
+        room = int(size * (1 + share)) // 4096 * 4096
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room + 40960}", "tmpfs", disk], check=True)
+        try:
+            with open(tmp_path / "log", "w") as log:
+                start(strategy, disk / "run", flags, log).wait(timeout=300)
+            output = (tmp_path / "log").read_text()
+            assert "save_failed" in output and "step 9" in output, output[-3000:]
+            ((step, folder),) = list_checkpoints(disk / "run")
+            assert step == 3 and manifest.verify(folder)[1] == [] and not list((disk / "run").glob("checkpoint-*.tmp"))
+        finally:
+            subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.launch
+def test_torture_in_short(tmp_path):
+    result = campaign("zero2", 2, demo_flags(tmp_path, 40), tmp_path, random.Random(3))
+    assert result["passed"] and result["kills"] == 2, result
+
+
+def test_a_torn_save_is_never_a_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-3.tmp").mkdir()
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-2.damaged").mkdir()
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [4]
+    assert manifest.verify(tmp_path / "checkpoint-4")[1] == ["manifest.json: No such file or directory"]
+    assert Path(sys.executable).exists() and ROOT.is_dir()

@@ -1,0 +1,117 @@
+"""Ends that are not the end of training: signals, and ranks that stall.
+
+A signal sets a flag on the rank that got it and nothing more; the ranks agree on it at the next step or evaluation batch, save, and
+exit with 128 + its number. A rank without a heartbeat for too long has every rank of its machine dump its stacks and ends the job.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+EXIT_CODE_FILE = "ZEROTUNE_EXIT_CODE_FILE"  # scripts/launch.sh reads the code there: the launcher itself always ends with 1
+
+
+class Interrupted(Exception):
+    """Raised on every rank when a signal has been agreed on inside an evaluation."""
+
+
+class Stopper:
+    """Remembers a stop signal of this rank and lets the ranks agree on it."""
+
+    def __init__(self):
+        self.received, self.received_at, self.known = 0, 0.0, 0
+        # On GPUs the agreement goes through a group of its own on the CPU: it waits for no kernel.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        # A terminal's Ctrl-C reaches a rank twice, from the terminal and through the launcher; a person needs a second for another.
+        if number == self.received == signal.SIGINT and time.monotonic() - self.received_at > 1.0:
+            os._exit(128 + number)
+        if not self.received:
+            self.received, self.received_at = number, time.monotonic()
+
+    def agreed(self):
+        """Return the number of a signal that any rank has got, 0 if none; a collective, until one is known."""
+        if not self.known:
+            flag = torch.tensor([self.received])
+            if self.group is not None:
+                dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+            self.known = int(flag)
+        return self.known
+
+    def interrupt(self):
+        """Raise Interrupted if a signal is agreed on; for loops inside an evaluation."""
+        if self.agreed():
+            raise Interrupted
+
+
+def restore_default_signals(worker_id):
+    """Let a data worker be ended by its parent: it inherits the parent's handlers, which only take note."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def finish(code):
+    """End this process with an exit code that scripts/launch.sh can pass on.
+
+    Without the interpreter's own end: the libraries' threads do not always survive it (one launch in a hundred aborted there), and
+    a finished run must not be reported as a failed one.
+    """
+    if code and os.environ.get(EXIT_CODE_FILE):
+        Path(os.environ[EXIT_CODE_FILE]).write_text(f"{code}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class Watchdog:
+    """A thread that ends the job when `beat` has not been called for `timeout` seconds on this rank."""
+
+    def __init__(self, timeout, rank):
+        self.timeout, self.rank, self.last = timeout, rank, time.monotonic()
+        ranks = gather_object([(socket.gethostname(), os.getpid())])
+        self.neighbours = [pid for host, pid in ranks if host == socket.gethostname() and pid != os.getpid()]
+        # Another rank's watchdog asks for this one's stacks by SIGUSR2; faulthandler answers even from inside a library's C code.
+        faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def beat(self):
+        self.last = time.monotonic()
+
+    def stop(self):
+        self.last = float("inf")
+
+    def _watch(self):
+        while time.monotonic() - self.last < self.timeout:
+            time.sleep(min(1.0, self.timeout / 10))
+        self._end()
+
+    def _end(self):
+        """Dump this rank's stacks, have the neighbours dump theirs, then end them all."""
+        print(f"rank {self.rank}: no progress for {self.timeout:g} s, ending the job; stacks follow", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        for number in (signal.SIGCONT, signal.SIGUSR2):  # a stopped process answers only once it goes on
+            for pid in self.neighbours:
+                self._signal(pid, number)
+        time.sleep(5)
+        for pid in self.neighbours:
+            self._signal(pid, signal.SIGKILL)
+        os._exit(1)
+
+    @staticmethod
+    def _signal(pid, number):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
