@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from zerotune import manifest
 from zerotune.errors import UserError
+from zerotune.optimizer import replay_bias_correction
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
 DEEPSPEED_TAG = "deepspeed"  # DeepSpeed's files lie in a sub-folder of this name
@@ -251,6 +252,7 @@ def load(accelerator, model, optimizer, folder, content, frozen_sha256):
         )
     if accelerator.state.deepspeed_plugin is not None:
         model.load_checkpoint(str(folder), DEEPSPEED_TAG, load_module_strict=False, load_lr_scheduler_states=False)
+        replay_bias_correction(model.basic_optimizer, model.global_steps - model.skipped_steps)
     else:
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         inner = accelerator.unwrap_model(model)
