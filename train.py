@@ -298,8 +298,8 @@ def main():
 def fingerprint(args, strategy, config, data, max_steps, warmup_steps):
     """Return what decides the mathematics of a run, for comparison on resume; what only logs, evaluates or saves is not in it."""
     names = (
-        "task freeze unfreeze mixed_precision per_device_train_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type "
-        "weight_decay optim max_grad_norm seed"
+        "task freeze unfreeze mixed_precision per_device_train_batch_size gradient_accumulation_steps learning_rate "
+        "lr_scheduler_type weight_decay optim max_grad_norm seed"
     )
     facts = {f"--{name}": getattr(args, name) for name in names.split()}
     model = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, text
+from corruption import KINDS, damage
 from state import state_hash
 from torture import campaign, demo_flags, ranks_of, start, wait_for_training
 
@@ -93,38 +94,6 @@ def finished(tiny, rows16, tmp_path_factory):
         assert start("ddp", folder, flags, log).wait() == 0, (folder.parent / "log").read_text()
     assert [step for step, _ in list_checkpoints(folder)] == [2, 4, 6]
     return folder, flags
-
-
-def damage(folder, kind, generator):
-    """Damage one checkpoint; return what was done."""
-    files = [folder / name for name in manifest.list_files(folder)]
-    victim = generator.choice(files)
-    if kind == "bit flip":
-        victim = generator.choice([*files, folder / manifest.NAME])
-        content = bytearray(victim.read_bytes())
-        place = generator.randrange(len(content))
-        content[place] ^= 1 << generator.randrange(8)
-        victim.write_bytes(content)
-    elif kind == "truncation":
-        victim = generator.choice([*files, folder / manifest.NAME])
-        victim.write_bytes(victim.read_bytes()[: generator.randrange(victim.stat().st_size)])
-    elif kind == "missing file":
-        victim = generator.choice([*files, folder / manifest.NAME])
-        victim.unlink()
-    elif kind == "swapped shards":
-        other = next(path for path in files if path != victim and path.read_bytes() != victim.read_bytes())
-        contents = victim.read_bytes(), other.read_bytes()
-        victim.write_bytes(contents[1])
-        other.write_bytes(contents[0])
-    elif kind == "stale manifest":
-        older = list_checkpoints(folder.parent)[0][1]
-        shutil.copy(older / manifest.NAME, folder / manifest.NAME)
-    else:
-        (folder / "extra.pt").write_bytes(b"unlisted")
-    return f"{kind} of {victim.name}"
-
-
-KINDS = ["bit flip", "truncation", "missing file", "swapped shards", "stale manifest", "unlisted file"]
 
 
 def test_damage_is_found_and_the_checkpoint_before_is_taken(finished, tmp_path):

@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT
 
 from zerotune.arguments import Arguments
-from zerotune.deepspeed_config import RECORDED, SECTIONS, TOP_KEYS, autos, check_config, resolve
+from zerotune.deepspeed_config import RECORDED, SECTIONS, TOP_KEYS, autos, check_build_locks, check_config, resolve
 from zerotune.errors import UserError
 
 JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -169,3 +169,15 @@ def test_missing_libaio_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("NVME_PATH", str(tmp_path))
     with pytest.raises(UserError, match="NVMe offload needs libaio with its headers"):
         check_config(config_of("zero3_nvme"), "zero3_nvme.json", ARGS)
+
+
+def test_a_lock_without_an_owner_is_named(tmp_path):
+    """torch's builds wait for ever on the lock of a killed one; one that a living process holds open is no problem."""
+    lock = tmp_path / "py311_cpu" / "deepspeed_cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert check_build_locks(tmp_path) == []  # younger than a minute
+    os.utime(lock, (0, 0))
+    assert str(lock) in check_build_locks(tmp_path)[0] and "remove the file" in check_build_locks(tmp_path)[0]
+    with open(lock):
+        assert check_build_locks(tmp_path) == []

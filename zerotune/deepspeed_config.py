@@ -4,10 +4,12 @@ The JSON is the home of the memory strategy (stage, offload, buckets). What it r
 DeepSpeed and run.json get is complete.
 """
 
+import contextlib
 import copy
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from zerotune.errors import UserError, nearest
@@ -167,6 +169,27 @@ def check_libaio(config, name):
     return [f"{name}: NVMe offload needs libaio with its headers and a C++ compiler (Debian: apt install libaio-dev g++)"]
 
 
+def check_build_locks(cache=None):
+    """Return problems with locks that killed builds left in the extension cache: the next build would wait for them for ever.
+
+    cache: the cache's folder (default: torch's). A living builder keeps its lock file open; where no process of this machine has
+    it open and it is older than a minute, its builder is gone.
+    """
+    cache = Path(cache or os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    locks = [path for path in cache.glob("**/lock") if time.time() - path.stat().st_mtime > 60]
+    if not locks or not Path("/proc/self/fd").exists():
+        return []
+    held = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            held.add(os.readlink(link))
+    return [
+        f"{lock}: a lock without an owner, left by a killed build of a DeepSpeed operator; remove the file and start again"
+        for lock in locks
+        if str(lock.resolve()) not in held
+    ]
+
+
 def check_precision(config, name, mixed_precision):
     """Return problems with fp16/bf16 sections that contradict each other or --mixed_precision."""
     on = {kind: section(config, kind).get("enabled", "auto") for kind in ("fp16", "bf16")}
@@ -259,6 +282,7 @@ def check_config(config, name, args):
             "--optim adafactor: ZeRO flattens the parameters, which takes away the rows and columns that Adafactor factors; "
             "use --optim adamw_torch_fused, or STRATEGY=ddp or single"
         )
+    problems += check_build_locks()
     if not problems:
         problems = check_libaio(config, name)
     if problems:

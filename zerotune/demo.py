@@ -153,6 +153,13 @@ def report(*folders):
     row("test ROUGE-L", (f"{record['test_rougeL']:.3f}" for record in tests))
     speeds = (sorted(record["tokens_per_second"] for record in run)[len(run) // 2] for run in training)
     row("real tokens/s, median", (f"{speed:,.0f}" for speed in speeds))
+    seconds = [sorted(record["step_seconds"] for record in run)[len(run) // 2] for run in training]
+    saves = [[record["save_seconds"] for record in run if "save_seconds" in record] for run in records]
+    if all(saves):  # 500 is the default of --save_steps
+        shares = (max(run) / (max(run) + 500 * step) for run, step in zip(saves, seconds, strict=True))
+        row("a save every 500 steps, share of the time", (f"{100 * share:.3f} %" for share in shares))
+        sizes = ([r["checkpoint_bytes"] for r in run if "checkpoint_bytes" in r][-1] for run in records)
+        row("checkpoint", (f"{size / 1e6:.1f} MB" for size in sizes))
     for kind in ("device", "host"):
         peaks = [max(record[f"peak_{kind}_memory_gib"] for record in run) for run in training]
         if any(peaks):

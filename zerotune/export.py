@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate.utils import gather_object
 
+from zerotune.errors import RunError
 from zerotune.model import AUTO_CLASSES
 
 
@@ -14,25 +16,36 @@ def export(accelerator, model, tokenizer, output_dir, task, trust_remote_code=Fa
     """Write output_dir/final from any strategy (ZeRO-3's shards are gathered) and return its path.
 
     The weights have the training precision: float32, or bf16/fp16 under DeepSpeed. The main process loads the folder as a user
-    would and compares every tensor bit by bit; RuntimeError names the ones that differ. An earlier final/ stays until then.
+    would and compares every tensor bit by bit. RunError, on every rank, if that fails or the disk is full; an earlier final/ stays.
     """
-    final = Path(output_dir) / "final"
-    temporary, previous = Path(f"{final}.tmp"), Path(f"{final}.previous")
+    final, errors = Path(output_dir) / "final", []
+    temporary = Path(f"{final}.tmp")
     state = accelerator.get_state_dict(model)  # a collective under ZeRO-3; whole on the main process
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        inner = accelerator.unwrap_model(model)
-        # state_dict names a tied weight several times; written once, it is tied again on loading.
-        inner.save_pretrained(temporary, state_dict=state, safe_serialization=True)
-        tokenizer.save_pretrained(temporary)
-        check(temporary, task, state, trust_remote_code)
-        shutil.rmtree(previous, ignore_errors=True)
-        if final.exists():
-            os.rename(final, previous)
-        os.rename(temporary, final)
-        shutil.rmtree(previous, ignore_errors=True)
-    accelerator.wait_for_everyone()
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            inner = accelerator.unwrap_model(model)
+            # state_dict names a tied weight several times; written once, it is tied again on loading.
+            inner.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+            tokenizer.save_pretrained(temporary)
+            check(temporary, task, state, trust_remote_code)
+            replace(temporary, final)
+        except Exception as error:  # whatever it is, the other ranks must hear of it instead of waiting
+            shutil.rmtree(temporary, ignore_errors=True)
+            errors.append(f"{final}: not written: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    if errors := gather_object(errors):
+        raise RunError(*errors)
     return final
+
+
+def replace(temporary, final):
+    """Give a whole folder its name; at every moment the old or the new one is there."""
+    previous = Path(f"{final}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if final.exists():
+        os.rename(final, previous)
+    os.rename(temporary, final)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def check(folder, task, state, trust_remote_code):

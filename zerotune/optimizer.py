@@ -61,8 +61,8 @@ def build_optimizer(model, *, optim, learning_rate, weight_decay, on_host):
 def replay_bias_correction(optimizer, num_steps):
     """Bring a fresh DeepSpeedCPUAdam to where one that has taken num_steps steps is; nothing to do for other optimizers.
 
-    Its C++ part multiplies beta^t up step by step, but after a jump in t computes it by pow(), which rounds otherwise: a resumed run
-    would leave the straight one by one bit of the bias correction. num_steps calls on a single number cost microseconds each.
+    Its C++ part multiplies beta^t up step by step, but after a jump in t computes it by pow(), which rounds otherwise: a resumed
+    run would leave the straight one by a bit of the bias correction. num_steps calls on a single number cost microseconds each.
     """
     if type(optimizer).__name__ != "DeepSpeedCPUAdam":
         return
