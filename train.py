@@ -200,13 +200,15 @@ def main():
     watch = GradientWatch(accelerator.unwrap_model(model))
     overflow = OverflowWatch(prepare_scaler(optimizer, deepspeed_plugin and deepspeed_plugin.deepspeed_config))
     window = records.Window(accelerator)
+    overflow.overflowed_steps = content["overflowed_steps"] if found else 0
     bad_steps = evaluated_at = saved_at = 0
 
     def save(position):
         if warning := accelerator.is_main_process and checkpoint.space_warning(args.output_dir):
             console.say(warning)
         with window.paused():
-            saved = checkpoint.save(accelerator, model, optimizer, args.output_dir, position, args.save_total_limit, manifest_facts)
+            facts = manifest_facts | {"overflowed_steps": overflow.overflowed_steps}
+            saved = checkpoint.save(accelerator, model, optimizer, args.output_dir, position, args.save_total_limit, facts)
         metrics.write({"step": position, **saved})
         return position
 

@@ -189,11 +189,16 @@ def check_request(output_dir, resume_from_checkpoint, overwrite_output_dir):
                 f"--output_dir {output_dir}: holds a run already; resume it (--resume_from_checkpoint auto), give another "
                 "folder, or start over with --overwrite_output_dir"
             )
-    elif resume_from_checkpoint != "auto" and not (Path(resume_from_checkpoint) / manifest.NAME).is_file():
-        raise UserError(
-            f"--resume_from_checkpoint {resume_from_checkpoint}: no complete checkpoint; "
-            "allowed: auto, none, or a checkpoint-<step> folder"
-        )
+    elif resume_from_checkpoint != "auto":
+        try:
+            whole = (Path(resume_from_checkpoint) / manifest.NAME).is_file()
+        except OSError as error:
+            raise UserError(f"--resume_from_checkpoint {resume_from_checkpoint}: {error.strerror}") from None
+        if not whole:
+            raise UserError(
+                f"--resume_from_checkpoint {resume_from_checkpoint}: no complete checkpoint; "
+                "allowed: auto, none, or a checkpoint-<step> folder"
+            )
 
 
 def choose(accelerator, output_dir, resume_from_checkpoint, fingerprint, say):
