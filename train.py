@@ -352,6 +352,7 @@ if __name__ == "__main__":
         if rank > 0:
             # All ranks tend to meet the same mistake. The launcher ends them all when the first one ends: let rank 0 speak, and
             # speak up only if it had nothing to say.
+            restore_default_signals(rank)
             time.sleep(5)
         where = f" (rank {rank})" if rank > 0 else ""
         print("\n".join(f"train.py: error{where}: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
