@@ -81,6 +81,7 @@ interrupts=0
 interrupt() {
     interrupts=$((interrupts + 1))
     if ((interrupts > 1)); then
+        echo 130 >"$ZEROTUNE_EXIT_CODE_FILE"
         pkill -KILL -P "$child" || true
         kill -KILL "$child" || true
     else

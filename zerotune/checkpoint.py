@@ -208,19 +208,22 @@ def choose(accelerator, output_dir, resume_from_checkpoint, fingerprint, say):
     UserError, touching nothing, for a damaged folder that was asked for and for a checkpoint of another mathematics.
     """
     choice, problems = (None, None), []
-    if accelerator.is_main_process and resume_from_checkpoint == "auto":
-        for _, folder in reversed(list_checkpoints(output_dir)):
+    try:
+        if accelerator.is_main_process and resume_from_checkpoint == "auto":
+            for _, folder in reversed(list_checkpoints(output_dir)):
+                content, damage = manifest.verify(folder)
+                if not damage:
+                    choice = folder, content
+                    break
+                aside = set_aside(folder)
+                say(f"warning: {folder} is damaged ({'; '.join(damage[:3])}); set aside as {aside.name}")
+        elif accelerator.is_main_process and resume_from_checkpoint != "none":
+            folder = Path(resume_from_checkpoint)
             content, damage = manifest.verify(folder)
-            if not damage:
-                choice = folder, content
-                break
-            aside = set_aside(folder)
-            say(f"warning: {folder} is damaged ({'; '.join(damage[:3])}); set aside as {aside.name}")
-    elif accelerator.is_main_process and resume_from_checkpoint != "none":
-        folder = Path(resume_from_checkpoint)
-        content, damage = manifest.verify(folder)
-        choice = folder, content
-        problems += [f"--resume_from_checkpoint {folder}: damaged: {problem}" for problem in damage[:10]]
+            choice = folder, content
+            problems += [f"--resume_from_checkpoint {folder}: damaged: {problem}" for problem in damage[:10]]
+    except OSError as error:  # not damage, and nothing to go on without: the other ranks have to hear of it
+        problems.append(f"{error.filename}: {error.strerror}; every file of a checkpoint to resume from has to be readable")
     if choice[1] is not None and not problems:
         problems += differences(choice[1]["fingerprint"], fingerprint, choice[0])
     choice, problems = broadcast_object_list([choice, problems])

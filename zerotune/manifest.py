@@ -48,12 +48,14 @@ def write(folder, content):
 
 
 def read(folder):
-    """Return a checkpoint's manifest; ValueError says why it is none."""
+    """Return a checkpoint's manifest; ValueError says why it is none, PermissionError that it may not be read."""
     path = Path(folder) / NAME
     try:
         content = json.loads(path.read_bytes())
         if content["seal"] != seal(content):
             raise ValueError(f"{NAME} is damaged: its seal does not match")
+    except PermissionError:
+        raise
     except OSError as error:
         raise ValueError(f"{NAME}: {error.strerror}") from None
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
@@ -62,7 +64,10 @@ def read(folder):
 
 
 def verify(folder):
-    """Return (manifest, problems): every listed file is there with its size and SHA-256, no other is, the step fits."""
+    """Return (manifest, problems): every listed file is there with its size and SHA-256, no other is, the step fits.
+
+    A file that may not be read is no damage: PermissionError.
+    """
     try:
         manifest = read(folder)
     except ValueError as error:
@@ -77,6 +82,8 @@ def verify(folder):
     with ThreadPoolExecutor(8) as pool:  # hashing large blocks leaves the interpreter free for the other threads
         try:
             found = list(pool.map(lambda name: file_facts(Path(folder) / name), whole))
+        except PermissionError:
+            raise
         except OSError as error:
             return manifest, [*problems, f"{error.filename}: {error.strerror}"]
     for name, facts in zip(whole, found, strict=True):

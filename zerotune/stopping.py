@@ -1,7 +1,8 @@
 """Ends that are not the end of training: signals, and ranks that stall.
 
 A signal sets a flag on the rank that got it and nothing more; the ranks agree on it at the next step or evaluation batch, save, and
-exit with 128 + its number. A rank without a heartbeat for too long has every rank of its machine dump its stacks and ends the job.
+exit with 128 + its number. A second SIGINT ends the rank at once. A rank without a heartbeat for too long has every rank of its
+machine dump its stacks and ends the job.
 """
 
 import contextlib
@@ -33,15 +34,23 @@ class Stopper:
         self.received, self.received_at, self.known = 0, 0.0, 0
         # On GPUs the agreement goes through a group of its own on the CPU: it waits for no kernel.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        # Python runs a handler only between two of its own instructions, never inside a collective that waits for a lost rank. The
+        # interpreter's wake-up socket gets the signal's number at once, and a thread takes note of it.
+        reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, self._receive)
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
 
-    def _receive(self, number, frame):
-        # A terminal's Ctrl-C reaches a rank twice, from the terminal and through the launcher; a person needs a second for another.
-        if number == self.received == signal.SIGINT and time.monotonic() - self.received_at > 1.0:
-            os._exit(128 + number)
-        if not self.received:
-            self.received, self.received_at = number, time.monotonic()
+    def _listen(self, reader):
+        while numbers := reader.recv(1):
+            number = numbers[0]
+            # A terminal's Ctrl-C can reach a rank twice, directly and through the launcher; a person needs a second for another.
+            if number == self.received == signal.SIGINT and time.monotonic() - self.received_at > 1.0:
+                finish(128 + number)
+            if not self.received and number in SIGNALS:
+                self.received, self.received_at = number, time.monotonic()
 
     def agreed(self):
         """Return the number of a signal that any rank has got, 0 if none; a collective, until one is known."""
