@@ -173,8 +173,11 @@ def test_what_changes_the_mathematics_is_refused(finished, tmp_path, tiny, rows1
         return code, (tmp_path / "log").read_text()
 
     cases = [
-        ("ddp", ["--seed", 7, "--learning_rate", 1e-2, "--freeze", "encoder"], ["--seed was 42 and is 7", "--freeze was []"]),
-        ("ddp", ["--train_file", other_rows, "--model_name_or_path", tiny("t5")], ["training rows was", "model configuration"]),
+        (
+            "ddp",
+            ["--seed", 7, "--freeze", "encoder", "--train_file", other_rows, "--model_name_or_path", tiny("t5")],
+            ["--seed was 42 and is 7", "--freeze was []", "training rows was", "model configuration"],
+        ),
         ("zero2", [], ["strategy was 'no DeepSpeed' and is 'ZeRO-2"]),
         ("ddp", ["--resume_from_checkpoint", run], ["no complete checkpoint"]),
         ("ddp", ["--output_dir", "READ_ONLY"], ["is not writable"]),
@@ -256,10 +259,13 @@ def test_bad_numbers_are_skipped_on_all_ranks(train, tiny, tmp_path, strategy):
 
 
 @pytest.mark.launch
-def test_stalled_dead_and_interrupted_ranks_end_the_job(tmp_path):
-    """A stalled rank: the job ends within the timeout, with the stacks of both. A dead one, or two Ctrl-C: it ends at once."""
+def test_stalled_and_interrupted_ranks_end_the_job(tmp_path):
+    """A stalled rank: the job ends within the timeout, with the stacks of both. Two Ctrl-C to a rank or the launcher: at once.
+
+    That a dead rank ends the job is seen in test_torture_in_short.
+    """
     flags = demo_flags(tmp_path, 100_000)
-    for name, more in (("stalled", ["--hang_timeout_seconds", "6"]), ("dead", []), ("rank", []), ("launcher", [])):
+    for name, more in (("stalled", ["--hang_timeout_seconds", "6"]), ("rank", []), ("launcher", [])):
         run = tmp_path / name
         with open(tmp_path / f"{name}.log", "w") as log:
             since = time.time()
@@ -267,7 +273,7 @@ def test_stalled_dead_and_interrupted_ranks_end_the_job(tmp_path):
             assert wait_for_training(process, run, since)
             time.sleep(0.5)
             ranks = ranks_of(run)
-            os.kill(ranks[1], signal.SIGKILL if name == "dead" else signal.SIGSTOP)
+            os.kill(ranks[1], signal.SIGSTOP)
             if name in ("rank", "launcher"):  # the first rank waits for the stopped one, inside a collective
                 for _ in range(2):
                     os.kill(ranks[0] if name == "rank" else process.pid, signal.SIGINT)
@@ -288,12 +294,11 @@ def test_stalled_dead_and_interrupted_ranks_end_the_job(tmp_path):
 @pytest.mark.launch
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_a_full_disk_costs_a_save_and_nothing_else(tmp_path, strategy):
-    """On a file system that is full in the largest (ZeRO-3: or the first) file of the second save, the run goes on to its end."""
+    """On a file system that is full in the middle of the largest file of the second save, the run goes on to its end."""
     flags = [*demo_flags(tmp_path, 9), "--save_total_limit", "1"]
     files = measure(strategy, tmp_path, flags)
     largest = max(range(len(files)), key=lambda index: files[index][1])
-    for index in {0 if strategy == "zero3" else largest, largest}:
-        assert fill(strategy, tmp_path, flags, files, index) == ""
+    assert fill(strategy, tmp_path, flags, files, largest) == ""
 
 
 @pytest.mark.launch

@@ -57,7 +57,8 @@ def environment_facts():
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     root = Path(__file__).resolve().parents[1]
-    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    describe = ["git", "-C", root, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]  # -dirty: changes beside it
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {os.cpu_count()} cores"
     return {"versions": versions, "git_commit": commit or None, "command_line": redact(sys.argv), "device": device}
 
