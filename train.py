@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 
 from zerotune import checkpoint, records
 from zerotune.arguments import parse_arguments
-from zerotune.collation import Collator, TrainingSteps, count_tokens
+from zerotune.collation import Collator, TrainingSteps
 from zerotune.data import Data, describe
 from zerotune.deepspeed_config import has_cuda
 from zerotune.errors import RunError, UserError
@@ -55,6 +55,7 @@ from zerotune.model import (
 )
 from zerotune.optimizer import build_optimizer, lr_at
 from zerotune.precision import OverflowWatch, loss_scale, prepare_scaler, take_step
+from zerotune.profiling import Profile
 from zerotune.stopping import Interrupted, Stopper, Watchdog, finish, restore_default_signals
 from zerotune.strategy import check_processes, engine_facts, launched_strategy
 
@@ -119,6 +120,7 @@ def main():
 
     # ---- model, freezing -------------------------------------------------------------------------------------------------
     set_seed(args.seed)  # the same on every rank: a new classification head starts alike everywhere
+    host_memory_before_model = records.peak_memory()["peak_host_memory_gib"]
     precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
     model, new_weights = load_model(args, config, tokenizer, data.labels, dtype=precision if deepspeed_plugin else torch.float32)
     if new_weights:
@@ -166,6 +168,7 @@ def main():
             "warmup_steps": warmup_steps,
             "resumed_from": found,
             "parameters": {"total": freeze_report.num_total, "trainable": freeze_report.num_trainable},
+            "host_memory_before_model_gib": host_memory_before_model,
             "freezing": [vars(rule) for rule in freeze_report.rules],
             "tied": freeze_report.tied,
             "data": data_report,
@@ -199,7 +202,8 @@ def main():
     backward_options = {"scale_wrt_gas": False} if deepspeed_plugin else {}
     watch = GradientWatch(accelerator.unwrap_model(model))
     overflow = OverflowWatch(prepare_scaler(optimizer, deepspeed_plugin and deepspeed_plugin.deepspeed_config))
-    window = records.Window(accelerator)
+    window = records.Window(accelerator, with_shapes=args.profile_steps > 0)
+    profile = Profile(model, optimizer, max_steps - args.profile_steps + 1, max_steps)
     overflow.overflowed_steps = content["overflowed_steps"] if found else 0
     bad_steps = evaluated_at = saved_at = 0
 
@@ -213,6 +217,7 @@ def main():
         return position
 
     console.start(step, max_steps)
+    profile.step_begins(step + 1)
     for micro_batches in loader:
         learning_rate = lr_at(
             step,
@@ -230,20 +235,24 @@ def main():
         step_loss = torch.zeros((), device=accelerator.device)
         for index, batch in enumerate(micro_batches):
             watchdog.beat()
-            window.add_tokens(count_tokens(batch))
+            window.add_batch(batch)
+            profile("forward")
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             labels = batch.pop("labels")
             accelerator.sync_gradients = index == len(micro_batches) - 1  # the accumulation boundary, for DDP and DeepSpeed
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
                 loss_sum = token_loss_sum(model(**batch).logits, labels)
+                profile("backward")
                 # x world: DDP and DeepSpeed average gradients over the ranks, and this loss is to be summed.
                 accelerator.backward(loss_sum * (world / targets), **backward_options)
             step_loss += loss_sum.detach()
+        profile("optimizer")
         # Under DeepSpeed the last backward has clipped and stepped already; these three then only report.
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
         skipped = take_step(accelerator, optimizer, grad_norm)
         optimizer.zero_grad()
         step += 1
+        profiled = profile.step_ends(step)
         console.advance()
 
         if watch is not None:
@@ -265,6 +274,8 @@ def main():
             counts = {"overflowed_steps": overflow.overflowed_steps} if args.mixed_precision == "fp16" else {}
             epoch = step * rows_per_step / num_rows
             metrics.write(window.record(step, epoch, learning_rate, grad_norm, **counts))
+        if profiled:
+            metrics.write(profiled)
         if args.eval_steps and step % args.eval_steps == 0 and "validation" in data.rows:
             with window.paused(), suppress(Interrupted):
                 metrics.write(evaluator.evaluate(model, "validation", step)[0])
@@ -274,6 +285,7 @@ def main():
             saved_at = save(step)
         if stop:
             break
+        profile.step_begins(step + 1)
     console.stop()
 
     # ---- final evaluation and export -------------------------------------------------------------------------------------
@@ -291,7 +303,7 @@ def main():
     if (stop := stopper.known) and saved_at != step:
         save(step)
     if stop:
-        console.say(f"stopped by signal {stop} after step {step}; the same command goes on from there")
+        console.say(f"stopped by signal {stop} after step {step}; the same command goes on from the newest checkpoint")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 128 + stop if stop else 0
@@ -301,7 +313,7 @@ def fingerprint(args, strategy, config, data, max_steps, warmup_steps):
     """Return what decides the mathematics of a run, for comparison on resume; what only logs, evaluates or saves is not in it."""
     names = (
         "task freeze unfreeze mixed_precision per_device_train_batch_size gradient_accumulation_steps learning_rate "
-        "lr_scheduler_type weight_decay optim max_grad_norm seed"
+        "group_by_length lr_scheduler_type weight_decay optim max_grad_norm seed"
     )
     facts = {f"--{name}": getattr(args, name) for name in names.split()}
     model = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}

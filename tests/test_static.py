@@ -14,10 +14,11 @@ from conftest import ROOT, check_engine
 from zerotune.arguments import Arguments
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "ds_configs").glob("*.md")), *SCRIPTS]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *(ROOT / name / "README.md" for name in ("ds_configs", "benchmarks")), *SCRIPTS]
 OTHER_FLAGS = set(
     "config_file num_processes num_machines machine_rank main_process_ip main_process_port deepspeed_multinode_launcher help "
-    "config disable-pip-version-check no-cache-dir quiet".split()
+    "config disable-pip-version-check no-cache-dir quiet matrix out peer strategies repeats num_processes no-index no-deps find-links "
+    "junit-xml".split()
 )
 
 
@@ -73,7 +74,7 @@ def test_worked_examples_run(script, tmp_path, tiny, rows16):
 
 
 def test_all_scripts_are_known():
-    assert {path.stem for path in SCRIPTS} == {*EXAMPLES, "launch", "quickstart", "setup", "test"}
+    assert {path.stem for path in SCRIPTS} == {*EXAMPLES, "benchmark_zero", "gpu_check", "launch", "quickstart", "setup", "test", "wheelhouse"}
 
 
 def test_setup_says_what_is_missing(tmp_path):

@@ -15,7 +15,9 @@ from zerotune.errors import UserError
 
 JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 YAMLS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-ARGS = Arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3, max_grad_norm=0.7, mixed_precision="bf16")
+ARGS = Arguments(
+    per_device_train_batch_size=4, gradient_accumulation_steps=3, max_grad_norm=0.7, mixed_precision="bf16", save_steps=0
+)
 
 
 def config_of(stem):
@@ -127,6 +129,13 @@ def test_refused(stem, place, value, message):
     with pytest.raises(UserError, match=message):
         check_config(config, f"{stem}.json", ARGS)
         resolve(config, f"{stem}.json", ARGS, num_processes=2, hidden_size=64)
+
+
+def test_saves_from_nvme_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("NVME_PATH", str(tmp_path))
+    with pytest.raises(UserError, match="--save_steps 500: DeepSpeed 0.19.8 does not restore what lies on NVMe"):
+        check_config(config_of("zero3_nvme"), "zero3_nvme.json", Arguments())
+    check_config(config_of("zero3_offload"), "zero3_offload.json", Arguments())
 
 
 def test_both_precisions_and_adafactor_are_refused():

@@ -151,7 +151,7 @@ def main():
     parser.add_argument(
         "--campaigns",
         nargs="+",
-        default="ddp:no:18:600 zero2:no:18:240 zero3:bf16:18:240 zero3_offload:bf16:6:90 zero3_nvme:no:6:90".split(),
+        default="ddp:no:18:600 zero2:no:18:240 zero3:bf16:18:240 zero3_offload:bf16:6:90".split(),
         help="each STRATEGY:PRECISION:KILLS:STEPS",
     )
     parser.add_argument("--seed", type=int, default=0)

@@ -56,6 +56,7 @@ class DataArguments:
     max_target_length: int = flag(128, "Longest target, in tokens; longer ones are truncated and counted.")
     skip_bad_rows: bool = flag(False, "Leave malformed rows out and count them in run.json, instead of stopping.")
     preprocessing_num_workers: int = flag(1, "Processes that tokenise, on each node.")
+    group_by_length: bool = flag(True, "Sort the rows of an optimizer step by length before they are cut into micro-batches.")
     dataloader_num_workers: int = flag(0, "Processes a rank that collate batches ahead of the step; 0: in the loop.")
 
 
@@ -94,6 +95,7 @@ class LearningArguments:
 class RunArguments:
     _argument_group_name = "run"
     output_dir: str | None = flag(None, "Folder of run.json, metrics.jsonl, checkpoint-<step>/ and final/. Required.")
+    profile_steps: int = flag(0, "Time the phases of the last N steps, and trace and count memory in the very last; 0: none.")
     logging_steps: int = flag(10, "Optimizer steps between training records.")
     eval_steps: int = flag(0, "Optimizer steps between evaluations; 0: at the end only.")
     save_steps: int = flag(500, "Optimizer steps between checkpoints, and one at the end; 0: none.")
@@ -204,7 +206,8 @@ def check_arguments(args):
     )
     for name in positive.split():
         need(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: must be greater than 0")
-    not_negative = "learning_rate warmup_steps weight_decay max_grad_norm eval_steps save_steps dataloader_num_workers seed"
+    not_negative = "learning_rate warmup_steps weight_decay max_grad_norm eval_steps save_steps dataloader_num_workers seed "
+    not_negative += "profile_steps"
     for name in not_negative.split():
         need(getattr(args, name) >= 0, f"--{name} {getattr(args, name)}: must not be negative")
     need(args.generation_max_length is None or args.generation_max_length > 0, "--generation_max_length: must be greater than 0")

@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from zerotune import manifest
+from zerotune.deepspeed_config import uses_nvme
 from zerotune.errors import UserError
 from zerotune.optimizer import replay_bias_correction
 
@@ -65,7 +66,6 @@ def collecting_errors(engine, errors):
     writers = (
         (engine.checkpoint_engine, "save"),
         (engine, "_copy_recovery_script"),  # DeepSpeed's zero_to_fp32.py, put into every checkpoint by rank 0
-        (shutil, "copytree"),  # the swap files of NVMe offload
     )
 
     def guarded(function):
@@ -87,14 +87,17 @@ def collecting_errors(engine, errors):
             setattr(owner, name, original)
 
 
-def write_state(accelerator, model, optimizer, folder, exclude_frozen, errors):
-    """Write the strategy's own state: DeepSpeed's shards, or (main process) trainable weights, buffers, optimizer and scaler."""
+def write_state(accelerator, model, optimizer, folder, errors):
+    """Write the strategy's own state: DeepSpeed's shards, or (main process) trainable weights, buffers, optimizer and scaler.
+
+    Frozen weights are those of --model_name_or_path, and the manifest holds their SHA-256.
+    """
     if accelerator.state.deepspeed_plugin is not None:
         with collecting_errors(model, errors):
-            model.save_checkpoint(str(folder), DEEPSPEED_TAG, save_latest=False, exclude_frozen_parameters=exclude_frozen)
+            model.save_checkpoint(str(folder), DEEPSPEED_TAG, save_latest=False, exclude_frozen_parameters=True)
     elif accelerator.is_main_process:
         inner = accelerator.unwrap_model(model)
-        learned = {name: p.detach() for name, p in inner.named_parameters() if p.requires_grad or not exclude_frozen}
+        learned = {name: p.detach() for name, p in inner.named_parameters() if p.requires_grad}
         state = {"parameters": learned, "buffers": dict(inner.named_buffers()), "optimizer": optimizer.optimizer.state_dict()}
         state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         torch.save(state, folder / STATE)
@@ -103,9 +106,12 @@ def write_state(accelerator, model, optimizer, folder, exclude_frozen, errors):
 def save(accelerator, model, optimizer, output_dir, step, save_total_limit, facts):
     """Write and commit checkpoint-<step>; return {"checkpoint_bytes", "save_seconds"}, or {"save_failed": why} after a failure.
 
-    facts: what goes into the manifest beside the files: fingerprint, versions, frozen_sha256 (None: frozen weights are saved too).
+    facts: what goes into the manifest beside the files: fingerprint, versions, frozen_sha256.
     A failure (a full disk, say) on any rank removes the temporary folder and keeps every older checkpoint.
     """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and uses_nvme(plugin.deepspeed_config):  # also after a signal, where --save_steps 0 does not count
+        return {"save_failed": "DeepSpeed does not restore what lies on NVMe; a resumed run would go on from other weights"}
     begin, errors = time.perf_counter(), []
     folder = Path(output_dir) / f"checkpoint-{step}"
     temporary = Path(f"{folder}.tmp")
@@ -116,7 +122,7 @@ def save(accelerator, model, optimizer, output_dir, step, save_total_limit, fact
             (temporary / DEEPSPEED_TAG).mkdir(parents=True)
     if not agree(errors):
         with noting(errors):
-            write_state(accelerator, model, optimizer, temporary, facts["frozen_sha256"] is not None, errors)
+            write_state(accelerator, model, optimizer, temporary, errors)
             torch.save(random_state(), temporary / RANDOM.format(rank=accelerator.process_index))
     files = {}
     if not (failed := agree(errors)):
@@ -278,11 +284,11 @@ def load(accelerator, model, optimizer, folder, content, frozen_sha256):
 def frozen_digest(accelerator, model):
     """Return the SHA-256 of the frozen weights, a list with one entry a rank that holds a part of them; a collective.
 
-    [] if nothing is frozen. None if the frozen weights lie on NVMe, where they are saved with the rest instead.
+    [] if nothing is frozen, and with NVMe, where nothing is saved.
     """
     plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.deepspeed_config["zero_optimization"].get("offload_param", {}).get("device") == "nvme":
-        return None
+    if plugin is not None and uses_nvme(plugin.deepspeed_config):
+        return []
     frozen = [(name, p) for name, p in accelerator.unwrap_model(model).named_parameters() if not p.requires_grad]
     sharded = any(hasattr(parameter, "ds_tensor") for _, parameter in frozen)
     mine = []

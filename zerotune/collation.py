@@ -50,12 +50,8 @@ class TrainingSteps(torch.utils.data.Dataset):
 
     def __init__(self, data, collator, args, num_processes, rank):
         self.rows, self.lengths, self.collator = data.rows["train"], data.lengths["train"], collator
-        self.seed, self.accumulation, self.num_processes, self.rank = (
-            args.seed,
-            args.gradient_accumulation_steps,
-            num_processes,
-            rank,
-        )
+        self.seed, self.accumulation, self.grouped = args.seed, args.gradient_accumulation_steps, args.group_by_length
+        self.num_processes, self.rank = num_processes, rank
         self.rows_per_step = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
 
     def lines_of_step(self, step):
@@ -65,7 +61,8 @@ class TrainingSteps(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         rows = rows_of_step(step, len(self.rows), self.rows_per_step, self.seed)
-        dealt = deal(rows, self.lengths[rows], self.accumulation, self.num_processes)
+        lengths = self.lengths[rows] if self.grouped else [0] * len(rows)
+        dealt = deal(rows, lengths, self.accumulation, self.num_processes)
         return [self.collator(self.rows[ranks[self.rank]]) for ranks in dealt]
 
 
@@ -75,3 +72,18 @@ def count_tokens(batch):
     if "decoder_input_ids" in batch:
         return real + int((batch["labels"] != IGNORE).sum()), padded + batch["labels"].numel()
     return real, padded
+
+
+TERMS = ("B", "B*S", "B*T", "B*S*S", "B*T*T", "B*S*T")
+
+
+def terms_of(rows, source_length, target_length):
+    """Return the values of TERMS for a batch's shape, on which its FLOPs depend linearly; target_length 0: no decoder inputs."""
+    b, s, t = rows, source_length, target_length
+    return [b, b * s, b * t, b * s * s, b * t * t, b * s * t]
+
+
+def shape_terms(batch):
+    """Return the values of TERMS for a collated batch."""
+    rows, source_length = batch["input_ids"].shape
+    return terms_of(rows, source_length, batch["decoder_input_ids"].shape[1] if "decoder_input_ids" in batch else 0)

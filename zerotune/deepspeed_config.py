@@ -141,6 +141,11 @@ def check_zero(config, name):
     return problems
 
 
+def uses_nvme(config):
+    """Tell whether optimizer states or parameters lie on NVMe."""
+    return any(section(config, f"zero_optimization.offload_{kind}").get("device") == "nvme" for kind in ("optimizer", "param"))
+
+
 def check_nvme(path, where):
     """Return problems with an NVMe folder: none given, not writable."""
     if path == "auto":
@@ -159,7 +164,7 @@ def check_nvme(path, where):
 
 def check_libaio(config, name):
     """Return a problem if NVMe offload is asked for and DeepSpeed's asynchronous I/O cannot be built here."""
-    if not any(section(config, f"zero_optimization.offload_{kind}").get("device") == "nvme" for kind in ("optimizer", "param")):
+    if not uses_nvme(config):
         return []
     choose_deepspeed_accelerator()
     from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -281,6 +286,11 @@ def check_config(config, name, args):
         problems.append(
             "--optim adafactor: ZeRO flattens the parameters, which takes away the rows and columns that Adafactor factors; "
             "use --optim adamw_torch_fused, or STRATEGY=ddp or single"
+        )
+    if uses_nvme(config) and args.save_steps:
+        problems.append(
+            f"--save_steps {args.save_steps}: DeepSpeed 0.19.8 does not restore what lies on NVMe, so a resumed run would go on "
+            "from other weights; pass --save_steps 0 (final/ is still written at the end), or use zero3_offload"
         )
     problems += check_build_locks()
     if not problems:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from zerotune.collation import TERMS, count_tokens, shape_terms
 from zerotune.errors import UserError, nearest
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "evaluate", "peft")
@@ -174,14 +175,16 @@ def step_of(line):
 class Window:
     """Sums over the steps since the last record; tensors stay on the device until `record` reads them, once."""
 
-    def __init__(self, accelerator):
-        self.accelerator = accelerator
+    def __init__(self, accelerator, with_shapes=False):
+        """with_shapes: add `shape_terms`, from which zerotune.flops gets FLOPs, to the records."""
+        self.accelerator, self.with_shapes = accelerator, with_shapes
         self.restart()
 
     def restart(self):
         self.loss_sum = torch.zeros((), device=self.accelerator.device, dtype=torch.float64)
         self.target_tokens = torch.zeros((), device=self.accelerator.device, dtype=torch.float64)
         self.real_tokens = self.padded_tokens = self.steps = 0
+        self.shape_terms = [0] * len(TERMS)
         self.begin = time.perf_counter()
 
     def add_step(self, loss_sum, targets):
@@ -190,9 +193,11 @@ class Window:
         self.target_tokens += targets
         self.steps += 1
 
-    def add_tokens(self, counts):
-        """counts: (real tokens, tokens with padding) of one micro-batch."""
-        self.real_tokens, self.padded_tokens = self.real_tokens + counts[0], self.padded_tokens + counts[1]
+    def add_batch(self, batch):
+        """Count the tokens of one collated micro-batch, from its tensors on the CPU."""
+        real, padded = count_tokens(batch)
+        self.real_tokens, self.padded_tokens = self.real_tokens + real, self.padded_tokens + padded
+        self.shape_terms = [total + term for total, term in zip(self.shape_terms, shape_terms(batch), strict=True)]
 
     @contextlib.contextmanager
     def paused(self):
@@ -204,10 +209,10 @@ class Window:
     def record(self, step, epoch, learning_rate, grad_norm, **more):
         """Return the training record of the steps since the last one, over all ranks, and start the next window."""
         memory = peak_memory()
-        host = [self.real_tokens, self.padded_tokens, *memory.values()]
+        host = [self.real_tokens, self.padded_tokens, *self.shape_terms, *memory.values()]
         mine = torch.cat([self.loss_sum[None], torch.tensor(host, device=self.accelerator.device, dtype=torch.float64)])
         ranks = self.accelerator.gather(mine[None])
-        loss_sum, real, padded = ranks[:, :3].sum(0).tolist()
+        (loss_sum, real, padded), terms = ranks[:, :3].sum(0).tolist(), ranks[:, 3 : -len(memory)].sum(0).tolist()
         seconds, targets = time.perf_counter() - self.begin, self.target_tokens.item()
         record = {
             "step": step,
@@ -219,8 +224,10 @@ class Window:
             "tokens_per_second": round(real / seconds, 1),
             "padding_fraction": round(1 - real / padded, 4),
             "step_seconds": round(seconds / max(1, self.steps), 4),
-            **dict(zip(memory, ranks[:, 3:].max(0).values.tolist(), strict=True)),
+            **dict(zip(memory, ranks[:, -len(memory) :].max(0).values.tolist(), strict=True)),
             **more,
         }
+        if self.with_shapes:
+            record["shape_terms"] = [int(term) for term in terms]
         self.restart()
         return record

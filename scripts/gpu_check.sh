@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# What only a GPU can show, in under 9 minutes on one, without network: the tests marked gpu, the ZeRO benchmark at a size that fills
+# the chip, and the rows beside Hugging Face's Trainer; most important first. A part that fails or runs out of time is a line of
+# summary.md, and the others go on. Environment, with defaults:
+#   OUT=runs/gpu_check      results, written as they come; at most 8 files
+#   PYTHON=python3          .venv is taken if there is one
+#   BUDGET_SECONDS=520      for all parts together
+set -uo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT" || exit 1
+PYTHON="${PYTHON:-python3}"
+[[ -x $ROOT/.venv/bin/python && $PYTHON == python3 ]] && PYTHON="$ROOT/.venv/bin/python"
+OUT="$(realpath -m "${OUT:-runs/gpu_check}")"
+BUDGET_SECONDS="${BUDGET_SECONDS:-520}"
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu_check: torch sees no CUDA device; run it where there is one" >&2
+    exit 2
+fi
+mkdir -p "$OUT"
+scratch="$(mktemp -d)"
+trap 'rm -rf "$scratch"' EXIT
+export HF_HUB_OFFLINE=1 HF_HOME="$scratch/huggingface" PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+summary="$OUT/summary.md"
+"$PYTHON" -c 'from zerotune.records import environment_facts as f; print(f())' >"$summary"
+printf '\n| part | end | seconds |\n|---|---|---|\n' >>"$summary"
+
+# part NAME SECONDS COMMAND...: run it with a limit, the rest of the budget at most, and write how it ended.
+part() {
+    local name="$1" limit="$2" begin="$SECONDS" status=0
+    shift 2
+    local left=$((BUDGET_SECONDS - SECONDS))
+    if ((left < 20)); then
+        echo "| $name | left out: the budget of $BUDGET_SECONDS s is used up | 0 |" >>"$summary"
+        return
+    fi
+    timeout --kill-after=15 "$((limit < left ? limit : left))" "$@" >"$scratch/log" 2>&1 || status=$?
+    tail -n 60 "$scratch/log" >>"$OUT/logs.txt"
+    case $status in
+        0) end=passed ;;
+        124 | 137) end="out of time" ;;
+        *) end="failed ($status)" ;;
+    esac
+    echo "| $name | $end | $((SECONDS - begin)) |" | tee -a "$summary"
+}
+
+# keep NAME: put a benchmark's results so far into the output folder, with its table.
+keep() {
+    if [[ -f $scratch/$1/results.json ]]; then
+        cp "$scratch/$1/results.json" "$OUT/$1.json"
+        printf '\n' >>"$OUT/tables.md"
+        cat "$scratch/$1/table.md" >>"$OUT/tables.md"
+    fi
+}
+
+part "tests marked gpu" 200 "$PYTHON" -m pytest -m gpu -q --junit-xml "$OUT/tests.xml"
+for name in gpu_llama_1b gpu_t5_700m; do
+    part "$name" 170 "$PYTHON" -m zerotune.benchmark --matrix "benchmarks/$name.yaml" --out "$scratch/$name"
+    keep "$name"
+done
+part gpu_peer 170 "$PYTHON" -m zerotune.benchmark --peer trainer --matrix benchmarks/gpu_peer.yaml --out "$scratch/gpu_peer"
+keep gpu_peer
+cat "$summary"

@@ -1,0 +1,64 @@
+"""The peak FLOP/s that MFU is a share of: data sheets of known GPUs, elsewhere the best of some matrix products.
+
+python -m zerotune.hardware bf16      prints the number for this machine
+"""
+
+import sys
+import time
+
+import torch
+
+# Dense FLOP/s of one GPU in bf16/fp16 with float32 accumulation, from NVIDIA's data sheets (without sparsity); longer names first.
+KNOWN = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A30": 165e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def known_peak(device_name, mixed_precision):
+    """Return the data sheet's FLOP/s of a GPU in a 16-bit precision, or None."""
+    if mixed_precision == "no":
+        return None
+    return next((peak for name, peak in KNOWN.items() if name in device_name), None)
+
+
+def measured_peak(mixed_precision, seconds=2.0):
+    """Return the best FLOP/s of square matrix products on the GPU or, with all cores, the CPU."""
+    cuda, dtype = torch.cuda.is_available(), DTYPES[mixed_precision]
+    size = 8192 if cuda else 1024
+    a, b = (torch.randn(size, size, device="cuda" if cuda else "cpu").to(dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        a @ b
+        if cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def peak_of_device(mixed_precision):
+    """Return (FLOP/s, where the number is from)."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    known = known_peak(name, mixed_precision)
+    return (
+        (known, f"data sheet of {name}") if known else (measured_peak(mixed_precision), f"matrix products measured on this {name}")
+    )
+
+
+if __name__ == "__main__":
+    print(*peak_of_device(sys.argv[1]))

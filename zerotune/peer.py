@@ -1,0 +1,101 @@
+"""Hugging Face's Trainer beside train.py: the same model, rows, batch, precision, optimizer and frozen parts, in interleaved runs.
+
+Two settings a row: equal, where neither side groups rows by length, and defaults, where each does what it does unasked.
+"""
+
+import random
+import statistics
+import sys
+
+from zerotune.cells import Cell, flag_words
+from zerotune.errors import UserError
+from zerotune.report import ratio_of
+
+SETTINGS = {"equal": {"group_by_length": False}, "defaults": {}}
+
+
+def command(words):
+    return [sys.executable, "-m", "zerotune.peer_trainer", *words]
+
+
+def make_models(matrix, out):
+    """Return {row: flags of its model and rows}; make what is missing: the demo's rows and tokenizer, random weights."""
+    import shutil
+
+    from zerotune.demo import build
+    from zerotune.synthetic import build_model
+
+    demo, flags = out / "data" / "demo", {}
+    if not (demo / "done").exists():
+        shutil.rmtree(demo, ignore_errors=True)
+        build(demo)
+        (demo / "done").touch()
+    for name, row in matrix["rows"].items():
+        if not isinstance(row, dict) or "model" not in row:
+            raise UserError(f"rows: {name}: needs a model, such as {{model_type: t5, d_model: 256}}")
+        folder = out / "data" / name
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            build_model(folder, row.get("task", "seq2seq"), row["model"])
+            for path in (demo / "model").glob("tokenizer*"):
+                shutil.copy(path, folder)
+            (folder / "done").touch()
+        flags[name] = {"model_name_or_path": str(folder), "train_file": str(demo / "train.jsonl")}
+    return flags
+
+
+def cells_of(matrix, out):
+    """Return the cells of all repeats: row x setting x engine, shuffled in each repeat."""
+    made, generator, cells = make_models(matrix, out), random.Random(matrix["seed"]), []
+    num_steps = matrix["warmup_steps"] + matrix["measured_steps"]
+    # profile_steps of train.py would make its last step slower than the Trainer's; one beyond the measured ones is harmless.
+    steps = {"max_steps": num_steps + 1, "logging_steps": 1, "save_steps": 0, "profile_steps": 1}
+    for repeat in range(matrix["repeats"]):
+        order = []
+        for name, row in matrix["rows"].items():
+            own = {key: value for key, value in row.items() if key != "model"}
+            for setting, flags in SETTINGS.items():
+                words = flag_words(made[name] | matrix["flags"] | own | flags | steps, matrix["more_flags"])
+                order += [Cell("single", name, setting, words, repeat, engine) for engine in ("zerotune", "trainer")]
+        generator.shuffle(order)
+        cells += order
+    return cells
+
+
+def compare(cells):
+    """Return a row for each of the matrix's and each setting: both engines' numbers and the ratios ours / Trainer."""
+    rows = []
+    for name, setting in dict.fromkeys(
+        (cell["set"], cell["batch"]) for cell in sorted(cells, key=lambda c: (c["set"], c["batch"]))
+    ):
+        group = [cell for cell in cells if (cell["set"], cell["batch"]) == (name, setting)]
+        row = {"set": name, "batch": setting, "status": "ok"}
+        bad = [cell for cell in group if cell["status"] != "ok"]
+        sides = [{c["repeat"]: c for c in group if c["engine"] == engine} for engine in ("zerotune", "trainer")]
+        if bad or not all(sides):
+            reason = f"{bad[0]['engine']}: {bad[0]['reason']}" if bad else "no runs yet"
+            rows.append(row | {"status": bad[0]["status"] if bad else "missing", "reason": reason})
+            continue
+        pairs = [(sides[0][repeat], sides[1][repeat]) for repeat in sides[0] if repeat in sides[1]]
+
+        def ratios(key, pairs=pairs):
+            return (
+                ratio_of([(ours[key], peers[key]) for ours, peers in pairs]) if all(pairs[0][i].get(key) for i in (0, 1)) else None
+            )
+
+        memory = "peak_device_memory_gib" if group[0]["peak_device_memory_gib"] else "peak_host_memory_gib"
+        row |= {"speed_ratio": ratios("mean_tokens_per_second"), "flops_ratio": ratios("flops_per_real_token")}
+        row["memory_ratio"] = ratios(memory)
+        for engine, side in zip(("zerotune", "trainer"), sides, strict=True):
+            runs = list(side.values())
+            losses = [statistics.fmean(values) for values in zip(*(run["losses"] for run in runs), strict=True)]
+            row[engine] = {
+                "tokens_per_second": statistics.median(run["mean_tokens_per_second"] for run in runs),
+                "padding_fraction": statistics.fmean(run["padding_fraction"] for run in runs),
+                memory: max(run[memory] for run in runs),
+                "first_loss": losses[0],
+                "last_loss": losses[-1],
+                "losses": losses,
+            }
+        rows.append(row)
+    return rows

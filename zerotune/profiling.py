@@ -1,0 +1,142 @@
+"""Where the time of a step goes and what fills memory, for the last --profile_steps steps of a run.
+
+At each border between phases the device is waited for, so these steps are a little slower than the others. The very last one runs
+under torch's profiler, which tells how long communication or copies between host and device went on while nothing was computed.
+"""
+
+import time
+from collections import Counter
+
+import torch
+
+from zerotune.records import GIB
+
+PHASES = ("data", "forward", "backward", "optimizer")
+
+
+class Profile:
+    """Call an instance with the name of the phase that begins; outside the profiled steps that does nothing."""
+
+    def __init__(self, model, optimizer, first_step, last_step):
+        """Steps first_step to last_step - 1 are timed and last_step is traced; first_step > last_step: none."""
+        self.first_step, self.last_step = first_step, last_step
+        self.model, self.optimizer = model, optimizer
+        self.seconds, self.phase, self.trace, self.report = Counter(), None, None, None
+        if first_step <= last_step and hasattr(model, "zero_optimization_stage"):
+            self._watch_step(model)
+
+    def _watch_step(self, engine):
+        """Have DeepSpeed's own step, which runs inside the last backward, begin the optimizer's phase."""
+        inner = engine.step
+
+        def step(*arguments, **options):
+            self("optimizer")
+            return inner(*arguments, **options)
+
+        engine.step = step
+
+    def step_begins(self, step):
+        """step: the number of the step that comes, from 1."""
+        self.phase = None
+        if self.first_step <= step < self.last_step:
+            self("data")
+        elif step == self.last_step:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self.trace = torch.profiler.profile(activities=activities)
+            self.trace.start()
+
+    def __call__(self, phase):
+        if self.phase is not None or phase == "data":
+            now = self._switch()
+            self.phase, self.since = phase, now
+        elif self.trace is not None and phase == "optimizer" and self.report is None:
+            self.report = memory_gib(self.model, self.optimizer)  # all gradients are there, and the states of earlier steps
+
+    def _switch(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self.phase is not None:
+            self.seconds[self.phase] += now - self.since
+        return now
+
+    def step_ends(self, step):
+        """Return {} or, after the last step, the record: mean seconds of each phase, of waiting, and memory by category."""
+        if self.phase is not None:
+            self._switch()
+            self.phase = None
+        if self.trace is None:
+            return {}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.trace.stop()
+        wait = exposed_seconds(self.trace.events())
+        self.trace = None
+        steps = max(1, self.last_step - self.first_step)
+        times = {f"{phase}_seconds": round(self.seconds[phase] / steps, 6) for phase in PHASES}
+        return {"step": step, **times, "wait_seconds": round(wait, 6), "memory_gib": self.report}
+
+
+def exposed_seconds(events):
+    """Return for how long collectives or host-device copies went on while no kernel (CPU: no operator) computed."""
+    on_device = [event for event in events if event.device_type.name == "CUDA"]
+    if on_device:
+        transfers = [event for event in on_device if "nccl" in event.name.lower() or "memcpy" in event.name.lower()]
+        compute = [event for event in on_device if event not in transfers]
+    else:
+        transfers = [event for event in events if event.name.startswith(("gloo:", "nccl:"))]
+        compute = [event for event in events if event.name.startswith("aten::")]
+    busy = union((event.time_range.start, event.time_range.end) for event in compute)
+    moving = union((event.time_range.start, event.time_range.end) for event in transfers)
+    both = union([*busy, *moving])
+    return (length(both) - length(busy)) / 1e6  # microseconds
+
+
+def union(intervals):
+    """Return sorted, disjoint (begin, end) pairs that cover the same."""
+    merged = []
+    for begin, end in sorted(intervals):
+        if merged and begin <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([begin, end])
+    return merged
+
+
+def length(intervals):
+    return sum(end - begin for begin, end in intervals)
+
+
+def tensors_in(value, depth=4):
+    """Yield the tensors in a nest of dicts, lists and the attributes of other objects."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item, depth - 1)
+    elif depth and isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from tensors_in(item, depth - 1)
+
+
+def memory_gib(model, optimizer):
+    """Return {"device": ..., "host": ...} with GiB of weights, gradients and optimizer states on this rank, each storage once.
+
+    Counted from the tensors themselves: a ZeRO optimizer's are those of its attributes, gradients where the name says so.
+    """
+    parameters = [*model.parameters(), *model.buffers()]
+    shards = [shard for p in parameters if (shard := getattr(p, "ds_tensor", None)) is not None]
+    groups = {"weights": [*parameters, *shards], "gradients": [p.grad for p in parameters if p.grad is not None], "optimizer": []}
+    outer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    for owner in {id(o): o for o in (outer, getattr(outer, "optimizer", outer))}.values():
+        for name, value in vars(owner).items():
+            groups["gradients" if "grad" in name or "ipg" in name else "optimizer"] += tensors_in(value)
+    seen, report = set(), {place: dict.fromkeys(groups, 0) for place in ("device", "host")}
+    for name, tensors in groups.items():
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() and storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                report["host" if storage.device.type == "cpu" else "device"][name] += storage.nbytes()
+    return {place: {name: round(size / GIB, 6) for name, size in sizes.items()} for place, sizes in report.items()}
