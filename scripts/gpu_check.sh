@@ -33,7 +33,7 @@ part() {
         echo "| $name | left out: the budget of $BUDGET_SECONDS s is used up | 0 |" >>"$summary"
         return
     fi
-    timeout --kill-after=15 "$((limit < left ? limit : left))" "$@" >"$scratch/log" 2>&1 || status=$?
+    timeout -k 15 "$((limit < left ? limit : left))" "$@" >"$scratch/log" 2>&1 || status=$?
     tail -n 60 "$scratch/log" >>"$OUT/logs.txt"
     case $status in
         0) end=passed ;;
@@ -52,7 +52,7 @@ keep() {
     fi
 }
 
-part "tests marked gpu" 200 "$PYTHON" -m pytest -m gpu -q --junit-xml "$OUT/tests.xml"
+part "tests marked gpu" 240 "$PYTHON" -m pytest -m gpu -q --junit-xml "$OUT/tests.xml"
 for name in gpu_llama_1b gpu_t5_700m; do
     part "$name" 170 "$PYTHON" -m zerotune.benchmark --matrix "benchmarks/$name.yaml" --out "$scratch/$name"
     keep "$name"

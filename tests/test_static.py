@@ -17,8 +17,8 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *(ROOT / name / "README.md" for name in ("ds_configs", "benchmarks")), *SCRIPTS]
 OTHER_FLAGS = set(
     "config_file num_processes num_machines machine_rank main_process_ip main_process_port deepspeed_multinode_launcher help "
-    "config disable-pip-version-check no-cache-dir quiet matrix out peer strategies repeats num_processes no-index no-deps find-links "
-    "junit-xml".split()
+    "config disable-pip-version-check no-cache-dir quiet matrix out peer strategies repeats num_processes no-index no-deps "
+    "find-links junit-xml".split()
 )
 
 
@@ -74,7 +74,16 @@ def test_worked_examples_run(script, tmp_path, tiny, rows16):
 
 
 def test_all_scripts_are_known():
-    assert {path.stem for path in SCRIPTS} == {*EXAMPLES, "benchmark_zero", "gpu_check", "launch", "quickstart", "setup", "test", "wheelhouse"}
+    assert {path.stem for path in SCRIPTS} == {
+        *EXAMPLES,
+        "benchmark_zero",
+        "gpu_check",
+        "launch",
+        "quickstart",
+        "setup",
+        "test",
+        "wheelhouse",
+    }
 
 
 def test_setup_says_what_is_missing(tmp_path):

@@ -173,6 +173,10 @@ def table_of_peer(rows):
         "",
         "Ratios are ours / Trainer in the same repeat: median (min-max). Speed above 1 and the others below 1 are in our favour.",
     ]
+    lines += [
+        "The Trainer of transformers 5.23 logs T5's and BART's loss as a sum over the accumulated micro-batches, because their"
+    ]
+    lines += ["forward takes the number of tokens and ignores it: divide by gradient_accumulation_steps to compare."]
     return lines
 
 

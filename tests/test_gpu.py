@@ -1,0 +1,100 @@
+"""What a CPU cannot show, on one GPU with one process: fp16 scaling, bf16, offload, float32 trajectories, memory, phases."""
+
+import pytest
+import torch
+from conftest import check_engine, tiny_config
+from state import state_hash
+from test_equivalence import FLAGS, reference
+
+from zerotune import manifest
+from zerotune.freezing import apply_rules
+from zerotune.loss import token_loss_sum
+from zerotune.model import enable_gradient_checkpointing
+
+pytestmark = [pytest.mark.gpu, pytest.mark.launch]
+
+
+@pytest.fixture
+def train_one(train):
+    """Return a function that trains with one process and says that the GPU and the engine that was asked for did it."""
+
+    def start(strategy, **options):
+        result = train(strategy, processes=1 if strategy else None, check=False, **options)
+        assert result.code == 0, result.output[-6000:]
+        engine = result.run["engine"]
+        assert engine["device"] == "cuda" and engine["num_processes"] == 1
+        if strategy is not None:
+            check_engine(engine, strategy, 1)
+        return result
+
+    return start
+
+
+STRATEGIES = [None, "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_trajectory(train_one, tiny, rows16, strategy):
+    """float32 losses are those of the plain loop on the CPU, whose products are rounded in another order."""
+    losses, _ = reference(tiny("t5"), rows16, causal=False)
+    cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "gradient_checkpointing": strategy == "zero3"}
+    result = train_one(strategy, model_name_or_path=tiny("t5"), train_file=rows16, **cut, **FLAGS)
+    assert [record["loss"] for record in result.records("loss")] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bf16_learns_and_is_profiled(train_one, tiny, rows16, strategy):
+    options = {"mixed_precision": "bf16", "learning_rate": 3e-3, "max_steps": 30, "logging_steps": 5, "save_steps": 0}
+    result = train_one(strategy, model_name_or_path=tiny("bart"), train_file=rows16, profile_steps=3, **options)
+    records = result.records("loss")
+    assert records[-1]["loss"] < 0.95 * records[0]["loss"] and records[-1]["peak_device_memory_gib"] > 0
+    (profiled,) = result.records("memory_gib")
+    assert profiled["memory_gib"]["device"]["weights"] > 0
+    place = "host" if strategy and "offload" in strategy else "device"
+    assert profiled["memory_gib"][place]["optimizer"] > 0
+    assert all(profiled[f"{phase}_seconds"] > 0 for phase in ("data", "forward", "backward", "optimizer"))
+
+
+@pytest.mark.parametrize("strategy", [None, "zero2", "zero3"])
+def test_fp16_scales_its_loss_and_resumes(train_one, tiny, rows16, strategy):
+    """fp16 learns; the first steps at a loss scale of 65536 may overflow, and are counted; scale and counter survive a resume."""
+    options = {"mixed_precision": "fp16", "learning_rate": 3e-3, "logging_steps": 10, "save_steps": 20, "save_total_limit": 5}
+    options |= {"model_name_or_path": tiny("bart", 0.1), "train_file": rows16, "max_steps": 40}
+    straight = train_one(strategy, name="straight", **options)
+    losses = [record["loss"] for record in straight.records("loss")]
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(record["overflowed_steps"] < 20 for record in straight.records("loss"))
+    resumed = train_one(strategy, name="resumed", resume_from_checkpoint=straight.folder / "checkpoint-20", **options)
+    assert state_hash(resumed.folder / "checkpoint-40") == state_hash(straight.folder / "checkpoint-40")
+    counts = [manifest.read(run.folder / "checkpoint-40")["overflowed_steps"] for run in (straight, resumed)]
+    assert counts[0] == counts[1]
+
+
+def test_checkpointing_leaves_a_frozen_prefix_alone():
+    """A decoder with a frozen prefix: gradients as without checkpointing, less memory at the peak, and no recomputation below."""
+    model_class, config = tiny_config("llama", 0.0)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 1024, 8
+    torch.manual_seed(0)
+    model = model_class(config).cuda().train()
+    apply_rules(model, ["embeddings", "layers[:4]"], [])
+    calls = {2: 0, 6: 0}
+    for layer in calls:
+        hook = lambda *_, layer=layer: calls.__setitem__(layer, calls[layer] + 1)  # noqa: E731
+        model.model.layers[layer].self_attn.register_forward_hook(hook)
+    ids = torch.randint(4, 60, (8, 128), device="cuda")
+
+    def step():
+        model.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        token_loss_sum(model(input_ids=ids, use_cache=False).logits, ids).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return gradients, torch.cuda.max_memory_allocated()
+
+    step()
+    plain, plain_peak = step()
+    assert calls == {2: 2, 6: 2}
+    enable_gradient_checkpointing(model)
+    recomputed, peak = step()
+    assert calls == {2: 3, 6: 4} and peak < plain_peak
+    assert plain.keys() == recomputed.keys() and len(plain) > 10
+    assert all(torch.allclose(plain[name], recomputed[name], rtol=1e-3, atol=1e-5) for name in plain)
