@@ -173,6 +173,8 @@ def test_the_peer_runs_beside(tmp_path, capsys, monkeypatch):
     ours, theirs = cells["defaults", "zerotune"], cells["defaults", "trainer"]
     assert ours["flops_per_real_token"] < 0.95 * theirs["flops_per_real_token"]  # rows of like length together
     assert ours["padding_fraction"] < theirs["padding_fraction"]
+    ours, theirs = cells["equal", "zerotune"], cells["equal", "trainer"]
+    assert ours["flops_per_real_token"] == pytest.approx(theirs["flops_per_real_token"], rel=1e-3)  # the same rows
     for row in results["rows"]:
         assert row["speed_ratio"] is None  # one repeat is no measurement
     assert "speed ratio" in (tmp_path / "out" / "table.md").read_text()

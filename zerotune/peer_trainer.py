@@ -28,6 +28,7 @@ from transformers import (
 
 from zerotune import records
 from zerotune.arguments import parse_arguments
+from zerotune.batches import rows_of_step
 from zerotune.collation import TERMS, count_tokens, shape_terms
 from zerotune.data import Data
 from zerotune.errors import UserError
@@ -88,14 +89,16 @@ class Recorder(TrainerCallback):
 class Rows(torch.utils.data.Dataset):
     """The tokenised rows as transformers' collator takes them: labels in the place of their own tokens."""
 
-    def __init__(self, rows, task):
+    def __init__(self, rows, task, order=None):
+        """order: the row of each item, by default the file's."""
         self.rows, self.task = rows, task
+        self.order = range(len(rows)) if order is None else [int(row) for row in order]
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.order)
 
     def __getitem__(self, index):
-        row = self.rows[index]
+        row = self.rows[self.order[index]]
         labels = row["labels"] if self.task == "seq2seq" else [-100, *row["labels"][:-1]]  # the model shifts them itself
         return {"input_ids": row["input_ids"], "attention_mask": [1] * len(row["input_ids"]), "labels": labels}
 
@@ -113,11 +116,15 @@ def main():
     freeze_report = apply_rules(model, args.freeze, args.unfreeze)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    seq2seq = args.task == "seq2seq"
+    seq2seq, order = args.task == "seq2seq", None
+    if not args.group_by_length:  # equal settings: the very rows of train.py, in its order
+        batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        order = rows_of_step(0, len(data.rows["train"]), batch_size * args.max_steps, args.seed)
     training = (Seq2SeqTrainingArguments if seq2seq else TrainingArguments)(
         output_dir=str(folder),
         save_strategy="no",
         report_to="none",
+        train_sampling_strategy="random" if order is None else "sequential",
         disable_tqdm=True,
         bf16=args.mixed_precision == "bf16",
         fp16=args.mixed_precision == "fp16",
@@ -129,7 +136,7 @@ def main():
     trainer = (Seq2SeqTrainer if seq2seq else Trainer)(
         model=model,
         args=training,
-        train_dataset=Rows(data.rows["train"], args.task),
+        train_dataset=Rows(data.rows["train"], args.task, order),
         data_collator=collator,
         callbacks=[Recorder(folder / "metrics.jsonl", collator, args.gradient_accumulation_steps)],
     )
