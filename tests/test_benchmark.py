@@ -188,6 +188,7 @@ def test_mistakes_are_named(tmp_path, capsys):
         ({"sets": {"full": {"learning_rat": 1}}}, ["--learning_rat: no flag of train.py (did you mean --learning_rate"]),
         ({"data": {"model": {"model_type": "t6"}}}, ["model_type 't6'"]),
         ({"data": {"model": {"model_type": "t5", "d_modle": 3}}}, ["'d_modle': no setting of a t5 model (did you mean d_model"]),
+        ({"sets": {"full": None}, "repeats": 0}, ["sets: must be {name: {flag: value}}", "repeats 0: must be a whole number"]),
         ({"data": "gsm8k"}, ["data 'gsm8k': must be demo"]),
     ]
     for number, (changes, messages) in enumerate(cases):

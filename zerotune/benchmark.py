@@ -66,6 +66,9 @@ def read_matrix(args):
             raise UserError(f"--matrix {args.matrix}: {' '.join(str(error).split())}") from None
     problems = [f"{args.matrix}: {key!r} is no key of a matrix{nearest(key, DEFAULTS)}" for key in content if key not in DEFAULTS]
     matrix = DEFAULTS | content
+    problems += [f"{args.matrix}: {line}" for line in wrong_shapes(matrix)]
+    if problems:
+        raise UserError(*problems)
     for name in ("strategies", "repeats", "num_processes"):
         if getattr(args, name) is not None:
             matrix[name] = getattr(args, name)
@@ -89,6 +92,22 @@ def read_matrix(args):
     if problems:
         raise UserError(*problems)
     return matrix
+
+
+def wrong_shapes(matrix):
+    """Return a line for each key of a matrix that is of the wrong kind."""
+    lines = [f"{key}: must be {{flag: value}}" for key in ("flags", "rows") if not isinstance(matrix[key], dict)]
+    sets, batches = matrix["sets"], matrix["batches"]
+    if not isinstance(sets, dict) or not all(isinstance(flags, dict) for flags in sets.values()):
+        lines.append("sets: must be {name: {flag: value}}; a set without flags is {}")
+    if not isinstance(batches, list) or not all(isinstance(flags, dict) for flags in batches):
+        lines.append("batches: must be a list of {flag: value}")
+    if not isinstance(matrix["strategies"], list):
+        lines.append("strategies: must be a list of names")
+    for key, least in (("repeats", 1), ("measured_steps", 1), ("warmup_steps", 0), ("profile_steps", 1)):
+        if not isinstance(matrix[key], int) or matrix[key] < least:
+            lines.append(f"{key} {matrix[key]!r}: must be a whole number, at least {least}")
+    return lines
 
 
 def claim_folder(out, matrix):
