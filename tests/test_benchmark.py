@@ -167,14 +167,16 @@ def test_the_peer_runs_beside(tmp_path, capsys, monkeypatch):
     command = ["--peer", "trainer", "--matrix", str(tmp_path / "peer.yaml"), "--out", str(tmp_path / "out")]
     assert main(command) == 0, capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    cells = {(cell["batch"], cell["engine"]): cell for cell in results["cells"]}
-    assert len(cells) == 4 and {cell["status"] for cell in cells.values()} == {"ok"}
+    cells = {(cell["batch"], cell["engine"], bool(cell["setenv"])): cell for cell in results["cells"]}
+    assert len(cells) == len(results["cells"]) == 8 and {cell["status"] for cell in cells.values()} == {"ok"}
     assert len({cell["trainable_parameters"] for cell in cells.values()}) == 1
-    ours, theirs = cells["defaults", "zerotune"], cells["defaults", "trainer"]
+    ours, theirs = cells["defaults", "zerotune", False], cells["defaults", "trainer", False]
     assert ours["flops_per_real_token"] < 0.95 * theirs["flops_per_real_token"]  # rows of like length together
     assert ours["padding_fraction"] < theirs["padding_fraction"]
-    ours, theirs = cells["equal", "zerotune"], cells["equal", "trainer"]
+    ours, theirs = cells["equal", "zerotune", False], cells["equal", "trainer", False]
     assert ours["flops_per_real_token"] == pytest.approx(theirs["flops_per_real_token"], rel=1e-3)  # the same rows
+    ours, theirs = cells["equal", "zerotune", True], cells["equal", "trainer", True]  # resident memory that follows the tensors
+    assert ours["peak_host_memory_gib"] < 1.01 * theirs["peak_host_memory_gib"]
     for row in results["rows"]:
         assert row["speed_ratio"] is None  # one repeat is no measurement
     assert "speed ratio" in (tmp_path / "out" / "table.md").read_text()

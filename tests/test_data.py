@@ -192,17 +192,26 @@ def test_collator_pads_and_counts(tmp_path, tokenizer):
     assert count_tokens(batch) == (sum(sources) + sum(targets), 48)
 
 
-def test_ranks_and_micro_batches_of_a_step_are_its_rows(tmp_path, tokenizer):
+@pytest.mark.parametrize("grouped", [True, False])
+def test_ranks_and_micro_batches_of_a_step_are_its_rows(tmp_path, tokenizer, grouped):
     data = load(write(tmp_path / "a.jsonl", ROWS * 8), tokenizer)
-    args = SimpleNamespace(seed=3, gradient_accumulation_steps=2, per_device_train_batch_size=3)
+    args = SimpleNamespace(seed=3, gradient_accumulation_steps=2, per_device_train_batch_size=3, group_by_length=grouped)
     collator = Collator("seq2seq", 0)
-    seen = []
-    for rank in range(2):
-        batches = TrainingSteps(data, collator, args, num_processes=2, rank=rank)[0]
-        assert len(batches) == 2 and all(batch["input_ids"].shape[0] == 3 for batch in batches)
-        seen += [tuple(t for t in row.tolist() if t) for batch in batches for row in batch["input_ids"]]
-    expected = [tuple(data.rows["train"][int(row)]["input_ids"]) for row in rows_of_step(0, 24, 12, 3)]
+    ranks = [TrainingSteps(data, collator, args, num_processes=2, rank=rank)[0] for rank in range(2)]
+    assert all(len(batches) == 2 and all(batch["input_ids"].shape[0] == 3 for batch in batches) for batches in ranks)
+    # micro-batch by micro-batch over the ranks
+    batches = [batches[index] for index in range(2) for batches in ranks]
+    seen = [tuple(t for t in row.tolist() if t) for batch in batches for row in batch["input_ids"]]
+    rows = rows_of_step(0, 24, 12, 3)
+    if not grouped:  # dealt to the ranks like cards
+        rows = np.concatenate([half[rank::2] for half in np.split(rows, 2) for rank in range(2)])
+    expected = [tuple(data.rows["train"][int(row)]["input_ids"]) for row in rows]
     assert sorted(seen) == sorted(expected)
+    if grouped:
+        lengths = [(batch["attention_mask"].sum(1) + (batch["labels"] >= 0).sum(1)).tolist() for batch in batches]
+        assert min(lengths[0] + lengths[1]) >= max(lengths[2] + lengths[3]) and max(lengths[0]) > min(lengths[2])
+    else:
+        assert seen == expected
 
 
 def test_read_rows_gives_line_numbers(tmp_path):

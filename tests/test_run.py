@@ -65,6 +65,7 @@ def test_evaluation_is_the_same_on_every_strategy(train, tiny, rows16, rows5):
         # `accelerate launch` itself imports DeepSpeed and says once that there is no GPU; scripts/launch.sh keeps even that quiet.
         assert run.output.count("WARNING") <= (run is zero3) and "Warning" not in run.output
         assert all(record.keys() == RECORD_KEYS for record in run.records("loss"))
+        assert not run.records("memory_gib")  # nobody asked for a profile, so no step is traced
     assert ddp.run["data"]["tokenised_on_ranks"] == zero3.run["data"]["tokenised_on_ranks"] == []
     assert one.run["data"]["tokenised_on_ranks"] == [0]
 

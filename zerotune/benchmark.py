@@ -201,7 +201,7 @@ def run_cell(cell, folder, matrix):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     begin, log = time.perf_counter(), folder / "log"
-    environment = {**os.environ, "STRATEGY": cell.strategy, "PYTHON": sys.executable}
+    environment = {**os.environ, "STRATEGY": cell.strategy, "PYTHON": sys.executable, **dict(cell.setenv)}
     if matrix["num_processes"] and cell.strategy != "single":
         environment["NUM_PROCESSES"] = str(matrix["num_processes"])
     command = peer.command(cell.words) if cell.engine == "trainer" else ["bash", str(ROOT / "scripts/launch.sh"), *cell.words]

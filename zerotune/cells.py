@@ -15,7 +15,10 @@ REASON = re.compile(r"^(?:train\.py: error|launch\.sh|\S*Error|\S*Exception)\b.*
 
 @dataclass(frozen=True)
 class Cell:
-    """strategy, set of flags and batch name a place in the table; words is train.py's command line; engine: zerotune or trainer."""
+    """strategy, set of flags and batch name a place in the table; words is train.py's command line; engine: zerotune or trainer.
+
+    setenv: (name, value) pairs for the environment of the cell's processes.
+    """
 
     strategy: str
     set: str
@@ -23,6 +26,7 @@ class Cell:
     words: tuple
     repeat: int | str = 0
     engine: str = "zerotune"
+    setenv: tuple = ()
 
     @property
     def name(self):
@@ -87,7 +91,8 @@ def cell_facts(cell, folder, code, log, warmup_steps, measured_steps):
     run = json.loads((folder / "run" / "run.json").read_text())
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     training = [record for record in records if "loss" in record]
-    measured = training[warmup_steps : warmup_steps + measured_steps]
+    unprofiled = training[: warmup_steps + measured_steps]  # tracing takes time and memory
+    measured = unprofiled[warmup_steps:]
     seconds = sum(record["step_seconds"] for record in measured)
     real = sum(record["tokens_per_second"] * record["step_seconds"] for record in measured)
     processes = run["engine"]["num_processes"]
@@ -106,8 +111,8 @@ def cell_facts(cell, folder, code, log, warmup_steps, measured_steps):
         "padding_fraction": statistics.fmean(record["padding_fraction"] for record in measured),
         "losses": [record["loss"] for record in training],
         "final_loss": training[-1]["loss"],
-        "peak_device_memory_gib": max(record["peak_device_memory_gib"] for record in training),
-        "peak_host_memory_gib": max(record["peak_host_memory_gib"] for record in training),
+        "peak_device_memory_gib": max(record["peak_device_memory_gib"] for record in unprofiled),
+        "peak_host_memory_gib": max(record["peak_host_memory_gib"] for record in unprofiled),
     }
     for record in records:
         if "memory_gib" in record:

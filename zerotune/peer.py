@@ -8,9 +8,13 @@ import statistics
 import sys
 
 from zerotune.cells import Cell, flag_words
+from zerotune.deepspeed_config import has_cuda
 from zerotune.errors import UserError
 from zerotune.report import ratio_of
 
+# glibc keeps freed blocks, so that resident memory differs by a tenth between equal runs. With larger blocks mapped one by one it
+# follows the tensors; that costs speed, so on a CPU memory is measured in runs of its own.
+MAPPED = (("MALLOC_MMAP_THRESHOLD_", "65536"),)
 SETTINGS = {"equal": {"group_by_length": False}, "defaults": {}}
 
 
@@ -56,10 +60,19 @@ def cells_of(matrix, out):
             own = {key: value for key, value in row.items() if key != "model"}
             for setting, flags in SETTINGS.items():
                 words = flag_words(made[name] | matrix["flags"] | own | flags | steps, matrix["more_flags"])
-                order += [Cell("single", name, setting, words, repeat, engine) for engine in ("zerotune", "trainer")]
+                for engine in ("zerotune", "trainer"):
+                    order.append(Cell("single", name, setting, words, repeat, engine))
+                    if not has_cuda():
+                        order.append(Cell("single", name, setting, words, f"memory-{repeat}", engine, MAPPED))
         generator.shuffle(order)
         cells += order
     return cells
+
+
+def ratios(sides, key):
+    """Return the spread of ours / theirs over the repeats that both sides have, or None where a number is missing."""
+    pairs = [(ours.get(key), sides[1][repeat].get(key)) for repeat, ours in sides[0].items() if repeat in sides[1]]
+    return ratio_of(pairs) if pairs and all(map(all, pairs)) else None
 
 
 def compare(cells):
@@ -71,28 +84,26 @@ def compare(cells):
         group = [cell for cell in cells if (cell["set"], cell["batch"]) == (name, setting)]
         row = {"set": name, "batch": setting, "status": "ok"}
         bad = [cell for cell in group if cell["status"] != "ok"]
-        sides = [{c["repeat"]: c for c in group if c["engine"] == engine} for engine in ("zerotune", "trainer")]
-        if bad or not all(sides):
+        sides = [{str(c["repeat"]): c for c in group if c["engine"] == engine} for engine in ("zerotune", "trainer")]
+        for_speed, for_memory = (
+            [{r: c for r, c in side.items() if bool(c["setenv"]) == mapped} for side in sides] for mapped in (False, True)
+        )
+        if bad or not all(for_speed):
             reason = f"{bad[0]['engine']}: {bad[0]['reason']}" if bad else "no runs yet"
             rows.append(row | {"status": bad[0]["status"] if bad else "missing", "reason": reason})
             continue
-        pairs = [(sides[0][repeat], sides[1][repeat]) for repeat in sides[0] if repeat in sides[1]]
-
-        def ratios(key, pairs=pairs):
-            return (
-                ratio_of([(ours[key], peers[key]) for ours, peers in pairs]) if all(pairs[0][i].get(key) for i in (0, 1)) else None
-            )
-
-        memory = "peak_device_memory_gib" if group[0]["peak_device_memory_gib"] else "peak_host_memory_gib"
-        row |= {"speed_ratio": ratios("mean_tokens_per_second"), "flops_ratio": ratios("flops_per_real_token")}
-        row["memory_ratio"] = ratios(memory)
-        for engine, side in zip(("zerotune", "trainer"), sides, strict=True):
-            runs = list(side.values())
+        on_device = bool(group[0]["peak_device_memory_gib"])
+        memory = "peak_device_memory_gib" if on_device else "peak_host_memory_gib"
+        row["speed_ratio"] = ratios(for_speed, "mean_tokens_per_second")
+        row["flops_ratio"] = ratios(for_speed, "flops_per_real_token")
+        row["memory_ratio"] = ratios(for_speed if on_device else for_memory, memory)
+        for engine, fast, mapped in zip(("zerotune", "trainer"), for_speed, for_memory, strict=True):
+            runs, runs_of_memory = list(fast.values()), list((fast if on_device else mapped).values())
             losses = [statistics.fmean(values) for values in zip(*(run["losses"] for run in runs), strict=True)]
             row[engine] = {
                 "tokens_per_second": statistics.median(run["mean_tokens_per_second"] for run in runs),
                 "padding_fraction": statistics.fmean(run["padding_fraction"] for run in runs),
-                memory: max(run[memory] for run in runs),
+                memory: max((run[memory] for run in runs_of_memory), default=None),
                 "first_loss": losses[0],
                 "last_loss": losses[-1],
                 "losses": losses,

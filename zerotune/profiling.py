@@ -19,10 +19,10 @@ class Profile:
 
     def __init__(self, model, optimizer, first_step, last_step):
         """Steps first_step to last_step - 1 are timed and last_step is traced; first_step > last_step: none."""
-        self.first_step, self.last_step = first_step, last_step
+        self.first_step, self.last_step = first_step, last_step if first_step <= last_step else None
         self.model, self.optimizer = model, optimizer
         self.seconds, self.phase, self.trace, self.report = Counter(), None, None, None
-        if first_step <= last_step and hasattr(model, "zero_optimization_stage"):
+        if self.last_step and hasattr(model, "zero_optimization_stage"):
             self._watch_step(model)
 
     def _watch_step(self, engine):
@@ -38,7 +38,7 @@ class Profile:
     def step_begins(self, step):
         """step: the number of the step that comes, from 1."""
         self.phase = None
-        if self.first_step <= step < self.last_step:
+        if self.last_step and self.first_step <= step < self.last_step:
             self("data")
         elif step == self.last_step:
             activities = [torch.profiler.ProfilerActivity.CPU]
