@@ -6,7 +6,7 @@
     accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_processes 8 train.py ...   ZeRO-3 + CPU offload
 
 `python train.py --help` lists the flags; scripts/launch.sh is the short way to the same launches. To adapt it: the loss is
-`token_loss_sum`, called once in the loop; the rows are made in zerotune/data.py; what learns is decided at "freezing".
+`forward_loss`, called once in the loop; the rows are made in zerotune/data.py; what learns is decided at "freezing".
 """
 
 import zerotune.quiet  # noqa: F401  before all others: the libraries read their log levels when they are imported
@@ -34,6 +34,7 @@ from accelerate.utils import (
 from torch.utils.data import DataLoader
 
 from zerotune import checkpoint, records
+from zerotune.adapters import add_adapter, allocate_ranks
 from zerotune.arguments import parse_arguments
 from zerotune.collation import Collator, TrainingSteps
 from zerotune.data import Data, describe
@@ -42,7 +43,7 @@ from zerotune.errors import RunError, UserError
 from zerotune.evaluation import Evaluator, load_metrics
 from zerotune.export import export
 from zerotune.freezing import GradientWatch, apply_rules
-from zerotune.loss import count_targets, token_loss_sum
+from zerotune.loss import chunk_loss, count_targets, forward_loss
 from zerotune.model import (
     T5_FAMILY,
     count_partitioned,
@@ -56,6 +57,7 @@ from zerotune.model import (
 from zerotune.optimizer import build_optimizer, lr_at
 from zerotune.precision import OverflowWatch, loss_scale, prepare_scaler, take_step
 from zerotune.profiling import Profile
+from zerotune.quantization import quantization_config
 from zerotune.stopping import Interrupted, Stopper, Watchdog, finish, restore_default_signals
 from zerotune.strategy import check_processes, engine_facts, launched_strategy
 
@@ -97,7 +99,7 @@ def main():
 
     # ---- data ------------------------------------------------------------------------------------------------------------
     named = [name for name in config.id2label.values() if not str(name).startswith("LABEL_")]
-    limits = max_positions(config), config.get_text_config().vocab_size
+    limits = max_positions(config), max(config.get_text_config().vocab_size, len(tokenizer) if args.trainable_tokens else 0)
     data = first_on_each_node(accelerator, lambda: Data(args, tokenizer, named, *limits))
     scorers = first_on_each_node(accelerator, lambda: load_metrics(args.task, args.metric))
     data_report = data.report()
@@ -122,13 +124,20 @@ def main():
     set_seed(args.seed)  # the same on every rank: a new classification head starts alike everywhere
     host_memory_before_model = records.peak_memory()["peak_host_memory_gib"]
     precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
-    model, new_weights = load_model(args, config, tokenizer, data.labels, dtype=precision if deepspeed_plugin else torch.float32)
+    dtype = precision if deepspeed_plugin else torch.float32  # DeepSpeed keeps float32 masters of its own
+    quantization = quantization_config(args, precision, strategy.zero_stage)
+    model, new_weights = load_model(args, config, tokenizer, data.labels, dtype, quantization)
     if new_weights:
         console.say(f"model: weights that the checkpoint does not have start new: {', '.join(new_weights)}")
     num_partitioned = count_partitioned(model)
-    freeze_report = apply_rules(model, args.freeze, args.unfreeze)
+    if args.peft:
+        model, freeze_report = add_adapter(model, args, tokenizer, dtype, max_steps)
+    else:
+        freeze_report = apply_rules(model, args.freeze, args.unfreeze)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    if args.loss_chunks:
+        chunk_loss(model.get_base_model() if args.peft else model, args.loss_chunks)
     console.say("\n".join(f"freezing: {line}" for line in freeze_report.lines()))
     if never := [name for name, parameter in model.named_parameters() if name in new_weights and not parameter.requires_grad]:
         console.say(f"warning: these weights start new and are frozen, so they stay random: {', '.join(never)}")
@@ -141,6 +150,8 @@ def main():
         weight_decay=args.weight_decay,
         on_host=strategy.optimizer_on_host,
     )
+    if args.peft == "adalora":
+        allocate_ranks(model, optimizer)
     own_shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     decoder_inputs = (own_shift or shift_right(config)) if args.task == "seq2seq" else None
     collator = Collator(args.task, tokenizer.pad_token_id, data.labels, 8 if has_cuda() else 1, decoder_inputs)
@@ -241,7 +252,7 @@ def main():
             labels = batch.pop("labels")
             accelerator.sync_gradients = index == len(micro_batches) - 1  # the accumulation boundary, for DDP and DeepSpeed
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-                loss_sum = token_loss_sum(model(**batch).logits, labels)
+                loss_sum = forward_loss(model, batch, labels, chunked=args.loss_chunks > 0)
                 profile("backward")
                 # x world: DDP and DeepSpeed average gradients over the ranks, and this loss is to be summed.
                 accelerator.backward(loss_sum * (world / targets), **backward_options)
@@ -298,7 +309,7 @@ def main():
             metrics.write(record)
             write_predictions(Path(args.output_dir) / "predictions.jsonl", evaluator.prediction_rows("test", predicted))
         watchdog.stop()
-        final = export(accelerator, model, tokenizer, args.output_dir, args.task, args.trust_remote_code)
+        final = export(accelerator, model, tokenizer, args.output_dir, args)
         console.say(f"final: {final} loads with from_pretrained, weights compared")
     if (stop := stopper.known) and saved_at != step:
         save(step)
@@ -313,7 +324,8 @@ def fingerprint(args, strategy, config, data, max_steps, warmup_steps):
     """Return what decides the mathematics of a run, for comparison on resume; what only logs, evaluates or saves is not in it."""
     names = (
         "task freeze unfreeze mixed_precision per_device_train_batch_size gradient_accumulation_steps learning_rate "
-        "group_by_length lr_scheduler_type weight_decay optim max_grad_norm seed"
+        "group_by_length lr_scheduler_type weight_decay optim max_grad_norm seed peft lora_r lora_alpha lora_dropout "
+        "target_modules modules_to_save num_virtual_tokens trainable_tokens quantize double_quant"
     )
     facts = {f"--{name}": getattr(args, name) for name in names.split()}
     model = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}

@@ -5,6 +5,7 @@
 #   OUT=runs/gpu_check      results, written as they come; at most 8 files
 #   PYTHON=python3          .venv is taken if there is one
 #   BUDGET_SECONDS=520      for all parts together
+#   PARTS="tests gpu_llama_1b gpu_t5_700m gpu_peer"     in this order; two calls with two parts each have twice the time
 set -uo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT" || exit 1
@@ -12,6 +13,7 @@ PYTHON="${PYTHON:-python3}"
 [[ -x $ROOT/.venv/bin/python && $PYTHON == python3 ]] && PYTHON="$ROOT/.venv/bin/python"
 OUT="$(realpath -m "${OUT:-runs/gpu_check}")"
 BUDGET_SECONDS="${BUDGET_SECONDS:-520}"
+read -ra PARTS <<<"${PARTS:-tests gpu_llama_1b gpu_t5_700m gpu_peer}"
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu_check: torch sees no CUDA device; run it where there is one" >&2
     exit 2
@@ -33,7 +35,9 @@ part() {
         echo "| $name | left out: the budget of $BUDGET_SECONDS s is used up | 0 |" >>"$summary"
         return
     fi
-    timeout -k 15 "$((limit < left ? limit : left))" "$@" >"$scratch/log" 2>&1 || status=$?
+    timeout -s INT -k 15 "$((limit < left ? limit : left))" "$@" >"$scratch/log" 2>&1 || status=$?
+    # A run has a process group of its own, which a time limit does not reach; what it left would fill the GPU of the next part.
+    pkill -KILL -f -- "$scratch" && sleep 3
     tail -n 60 "$scratch/log" >>"$OUT/logs.txt"
     case $status in
         0) end=passed ;;
@@ -52,11 +56,28 @@ keep() {
     fi
 }
 
-part "tests marked gpu" 240 "$PYTHON" -m pytest -m gpu -q --junit-xml "$OUT/tests.xml"
-for name in gpu_llama_1b gpu_t5_700m; do
-    part "$name" 170 "$PYTHON" -m zerotune.benchmark --matrix "benchmarks/$name.yaml" --out "$scratch/$name"
+# gpu_tests: three groups side by side, as most of a test's time is a start of Python.
+gpu_tests() {
+    local group number=0 ends=0
+    for group in trajectory bf16 "fp16 or checkpointing"; do
+        number=$((number + 1))
+        "$PYTHON" -m pytest -m gpu -v -k "$group" --basetemp "$scratch/tests_$number" -p no:cacheprovider >"$scratch/tests_$number.txt" &
+    done
+    for _ in 1 2 3; do wait -n || ends=1; done
+    cat "$scratch"/tests_?.txt
+    return "$ends"
+}
+export -f gpu_tests
+export PYTHON scratch PYTHONUNBUFFERED=1
+for name in "${PARTS[@]}"; do
+    if [[ $name == tests ]]; then
+        part "tests marked gpu" 240 bash -c gpu_tests
+        cat "$scratch"/tests_?.txt >"$OUT/tests.txt"
+        continue
+    fi
+    options=()
+    [[ $name == gpu_peer ]] && options=(--peer trainer)
+    part "$name" 300 "$PYTHON" -m zerotune.benchmark --matrix "benchmarks/$name.yaml" --out "$scratch/$name" "${options[@]}"
     keep "$name"
 done
-part gpu_peer 170 "$PYTHON" -m zerotune.benchmark --peer trainer --matrix benchmarks/gpu_peer.yaml --out "$scratch/gpu_peer"
-keep gpu_peer
 cat "$summary"

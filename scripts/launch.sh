@@ -23,7 +23,7 @@ fi
 
 if [[ $STRATEGY == cpu ]]; then
     gpus=0
-elif [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then # empty: none
     gpus="$(awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES")"
 else
     gpus="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)"

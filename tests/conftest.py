@@ -53,12 +53,12 @@ def tiny_config(family, dropout):
             **common,
         )  # fmt: skip
         return t.BartForConditionalGeneration if family == "bart" else t.BartForSequenceClassification, config
-    if family == "llama":
-        config = t.LlamaConfig(
+    if family in ("llama", "phi3"):
+        config = (t.LlamaConfig if family == "llama" else t.Phi3Config)(
             vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
             max_position_embeddings=128, attention_dropout=dropout, bos_token_id=3, **common,
         )  # fmt: skip
-        return t.LlamaForCausalLM, config
+        return t.LlamaForCausalLM if family == "llama" else t.Phi3ForCausalLM, config
     if family == "gpt2":
         config = t.GPT2Config(
             vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=dropout, embd_pdrop=dropout,

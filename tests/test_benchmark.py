@@ -69,7 +69,10 @@ class Event:
 def test_waiting_is_communication_without_computing():
     on_cpu = [Event("gloo:all_reduce", 0, 50), Event("aten::mm", 10, 30), Event("aten::add", 25, 40), Event("c10d::wait", 0, 60)]
     assert exposed_seconds(on_cpu) == pytest.approx(20e-6)
-    on_gpu = [Event("ncclDevKernel_AllReduce", 0, 50, "CUDA"), Event("gemm", 10, 30, "CUDA"), Event("Memcpy HtoD", 60, 70, "CUDA")]
+    step = Event("Optimizer.step#AdamW.step", 0, 90, "CUDA")
+    step.is_user_annotation = True
+    on_gpu = [step, Event("Memcpy DtoD", 80, 90, "CUDA")]
+    on_gpu += [Event("ncclDevKernel_AllReduce", 0, 50, "CUDA"), Event("gemm", 10, 30, "CUDA"), Event("Memcpy HtoD", 60, 70, "CUDA")]
     assert exposed_seconds([*on_gpu, *on_cpu]) == pytest.approx(40e-6)
 
 
@@ -77,6 +80,7 @@ def test_ends_of_cells_and_ratios():
     assert status_of(0, "")[0] == "ok"
     assert status_of(2, "x\ntrain.py: error: --optim\n") == ("refused", "train.py: error: --optim")
     assert status_of(1, "y\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n")[0] == "out of memory"
+    assert status_of(1, "z\n[rank0]: torch.OutOfMemoryError: CUDA out of memory.\n")[1].endswith("CUDA out of memory.")
     assert status_of(1, "ValueError: no\nmore") == ("failed", "ValueError: no")
     assert ratio_of([(2, 1)] * 4) is None and ratio_of([(2, 1), (3, 1), (1, 1), (4, 1), (5, 1)])["median"] == 3
     assert known_peak("NVIDIA H200", "bf16") == 989e12 and known_peak("NVIDIA H200", "no") is None

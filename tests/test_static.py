@@ -18,7 +18,7 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *(ROOT / name / "README.md" for name in
 OTHER_FLAGS = set(
     "config_file num_processes num_machines machine_rank main_process_ip main_process_port deepspeed_multinode_launcher help "
     "config disable-pip-version-check no-cache-dir quiet matrix out peer strategies repeats num_processes no-index no-deps "
-    "find-links junit-xml".split()
+    "find-links basetemp".split()
 )
 
 
@@ -48,10 +48,33 @@ def test_every_path_in_documents_exists():
     assert not {(name, place) for name, place in found if not (ROOT / place).exists()}
 
 
+def test_the_readmes_tables_are_the_committed_results():
+    readme = (ROOT / "README.md").read_text()
+    quickstart = json.loads((ROOT / "benchmarks/cpu/quickstart/results.json").read_text())
+    rows = {(row["set"], row["strategy"]): row for row in quickstart["rows"]}
+    for strategy in quickstart["matrix"]["strategies"]:
+        line = f"| `{strategy}` |"
+        for name in quickstart["matrix"]["sets"]:
+            speed, memory = rows[name, strategy]["tokens_per_second"], rows[name, strategy]["peak_host_memory_gib"]
+            line += f" {speed['median']:,.0f} ({speed['min']:,.0f}-{speed['max']:,.0f}) | {memory:.2f} |"
+        assert f"{line}\n" in readme
+    peer = json.loads((ROOT / "benchmarks/cpu/peer/results.json").read_text())
+    assert len(peer["rows"]) == 8
+    for row in peer["rows"]:
+        ratios = [row["speed_ratio"], row["memory_ratio"]]
+        line = f"| {row['set']} | {row['batch']} | " + " | ".join(
+            f"{r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f})" for r in ratios
+        )
+        assert f"{line} |" in readme
+
+
 EXAMPLES = {
     "t5_frozen_encoder": ("t5", "zero2", "seq2seq"),
     "bart_classifier": ("bart_classifier", "ddp", "classification"),
     "causal_pairs": ("llama", "zero3", "causal"),
+    "t5_lora": ("t5", "zero3", "seq2seq"),
+    "phi_qlora": ("phi3", "single", "causal"),
+    "gpt2_prefix": ("gpt2", "ddp", "causal"),
 }
 
 
@@ -70,7 +93,8 @@ def test_worked_examples_run(script, tmp_path, tiny, rows16):
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     check_engine(run["engine"], strategy, run["engine"]["num_processes"])
     assert run["arguments"]["task"] == task and run["arguments"]["mixed_precision"] == "bf16"
-    assert (tmp_path / "out" / "final" / "model.safetensors").exists()
+    file = "adapter_model.safetensors" if run["arguments"]["peft"] else "model.safetensors"
+    assert (tmp_path / "out" / "final" / file).exists()
 
 
 def test_all_scripts_are_known():

@@ -72,10 +72,29 @@ class FreezingArguments:
 
 
 @dataclass
+class AdapterArguments:
+    _argument_group_name = "adapters"
+    peft: Literal["lora", "dora", "rslora", "adalora", "ia3", "prefix", "prompt", "trainable_tokens"] | None = flag(
+        None, "Freeze the model and train a peft adapter of this kind; --unfreeze names what else learns."
+    )
+    lora_r: int = flag(16, "Rank (lora, dora, rslora); adalora: the mean rank at the end, from 1.5 times it.")
+    lora_alpha: int = flag(32, "Scale: the update is multiplied by lora_alpha / lora_r (rslora: / sqrt(lora_r)).")
+    lora_dropout: float = flag(0.0, "Dropout before the adapter.")
+    target_modules: list[str] = flag([], "Modules that get one: names, or all-linear. Default: peft's choice for the family.")
+    modules_to_save: list[str] = flag([], "Modules that learn as a whole and are saved with the adapter.")
+    num_virtual_tokens: int = flag(20, "Length of the prefix or prompt.")
+    trainable_tokens: list[str] = flag([], "Tokens whose embeddings learn; ones that the tokenizer lacks are added.")
+    quantize: Literal["nf4", "fp4", "int8"] | None = flag(None, "Keep the frozen base in 4 or 8 bits (bitsandbytes); needs --peft.")
+    double_quant: bool = flag(False, "Quantise the scales of nf4 and fp4 as well: 0.4 bits a weight less.")
+    merge_adapter: bool = flag(False, "Also write merged/: the whole model with the adapter in its weights.")
+
+
+@dataclass
 class LearningArguments:
     _argument_group_name = "learning"
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Arithmetic of forward and backward; no: float32.")
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass instead of keeping them.")
+    loss_chunks: int = flag(0, "Head and cross-entropy run over N pieces, recomputed: no logits of all tokens at once; 0: whole.")
     per_device_train_batch_size: int = flag(8, "Rows of one forward/backward on one process.")
     per_device_eval_batch_size: int = flag(8, "Rows of one evaluation batch on one process.")
     gradient_accumulation_steps: int = flag(1, "Forward/backward passes per optimizer step.")
@@ -86,7 +105,9 @@ class LearningArguments:
     warmup_steps: int = flag(0, "Optimizer steps of linear warm-up.")
     warmup_ratio: float = flag(0.0, "Warm-up as a share of all steps (0 to 1), in place of warmup_steps.")
     weight_decay: float = flag(0.0, "Decoupled weight decay; biases and normalisation weights have none.")
-    optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor"] = flag("adamw_torch_fused", "Optimizer.")
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
+        flag("adamw_torch_fused", "Optimizer; 8 bits: states of 2 bytes a parameter; paged: states leave a full GPU for the host.")
+    )
     max_grad_norm: float = flag(1.0, "Gradients are scaled down to this L2 norm; 0: never.")
     seed: int = flag(42, "Seed of the data order, dropout and new weights.")
 
@@ -113,7 +134,7 @@ class RunArguments:
     report_to: str = flag("none", "Tracker known to accelerate: tensorboard, wandb, ...; none: metrics.jsonl alone.")
 
 
-GROUPS = (ModelArguments, DataArguments, FreezingArguments, LearningArguments, RunArguments)
+GROUPS = (ModelArguments, DataArguments, FreezingArguments, AdapterArguments, LearningArguments, RunArguments)
 
 
 @dataclass
@@ -175,12 +196,48 @@ def parse_arguments(argv=None):
     return args
 
 
+def check_savers(args):
+    """Return a line for each mistake in the flags of adapters and quantised bases."""
+    problems = []
+
+    def need(condition, problem):
+        if not condition:
+            problems.append(problem)
+
+    kind = args.peft
+    need(args.lora_r > 0, f"--lora_r {args.lora_r}: must be greater than 0")
+    need(args.lora_alpha > 0, f"--lora_alpha {args.lora_alpha}: must be greater than 0")
+    need(0 <= args.lora_dropout < 1, f"--lora_dropout {args.lora_dropout}: must be at least 0 and below 1")
+    need(args.num_virtual_tokens > 0, f"--num_virtual_tokens {args.num_virtual_tokens}: must be greater than 0")
+    for name in ("target_modules", "modules_to_save", "merge_adapter"):
+        need(kind or not getattr(args, name), f"--{name}: is for adapters; give --peft as well")
+    need(
+        not args.target_modules or kind not in ("prefix", "prompt", "trainable_tokens"), f"--target_modules: --peft {kind} has none"
+    )
+    need(
+        bool(args.trainable_tokens) == (kind == "trainable_tokens"),
+        "--trainable_tokens and --peft trainable_tokens go together; give both or none",
+    )
+    need(not (args.merge_adapter and kind in ("prefix", "prompt")), f"--merge_adapter: --peft {kind} cannot be merged into weights")
+    need(
+        not (args.gradient_checkpointing and kind == "prefix"),
+        "--gradient_checkpointing: does not go with --peft prefix, which gives each block keys and values through the cache that "
+        "recomputation switches off; use --peft lora, or train without checkpointing",
+    )
+    need(kind or not args.quantize, "--quantize: quantised weights cannot learn; give an adapter as well, such as --peft lora")
+    need(
+        not args.double_quant or args.quantize in ("nf4", "fp4"),
+        f"--double_quant: is for --quantize nf4 and fp4 (given: {args.quantize})",
+    )
+    return problems
+
+
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 
 def check_arguments(args):
     """Return a list of problems, a line each: ranges, pairs that cannot be, files that are not there."""
-    problems = []
+    problems = check_savers(args)
 
     def need(condition, problem):
         if not condition:
@@ -207,9 +264,10 @@ def check_arguments(args):
     for name in positive.split():
         need(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: must be greater than 0")
     not_negative = "learning_rate warmup_steps weight_decay max_grad_norm eval_steps save_steps dataloader_num_workers seed "
-    not_negative += "profile_steps"
+    not_negative += "profile_steps loss_chunks"
     for name in not_negative.split():
         need(getattr(args, name) >= 0, f"--{name} {getattr(args, name)}: must not be negative")
+    need(not args.loss_chunks or args.task != "classification", "--loss_chunks: a classifier has no logits of a vocabulary")
     need(args.generation_max_length is None or args.generation_max_length > 0, "--generation_max_length: must be greater than 0")
     need(args.max_steps == -1 or args.max_steps > 0, f"--max_steps {args.max_steps}: must be greater than 0, or -1")
     need(0 <= args.warmup_ratio <= 1, f"--warmup_ratio {args.warmup_ratio}: must be between 0 and 1")

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -196,6 +197,17 @@ def child_limits(memory_limit_gib):
     return limit if sys.platform == "linux" else None
 
 
+def end(process):
+    """End a cell that is too slow, or not wanted any more: the second SIGINT ends a run without a checkpoint."""
+    for seconds in (5, 60):
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=seconds)
+            return
+    process.kill()
+    process.wait()
+
+
 def run_cell(cell, folder, matrix):
     """Run one cell in processes of its own; return its facts, whatever its end."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -217,8 +229,7 @@ def run_cell(cell, folder, matrix):
         try:
             code = process.wait(timeout=matrix["cell_timeout_seconds"])
         except BaseException as error:
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=120)
+            end(process)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
             code = "timeout"
@@ -273,6 +284,8 @@ def write_results(matrix, out, cells, plots=False):
         results["control_drift"] = controls[1] / controls[0] - 1
     ours = [cell for cell in facts if "control" not in str(cell["repeat"])]
     results["rows"] = peer.compare(ours) if matrix["peer"] else report.aggregate(ours, matrix)
+    # Results are to be shown: in which folders they were made is nobody's business.
+    results = json.loads(json.dumps(results).replace(str(out), "OUT").replace(f"{ROOT}/", ""))
     write_json(out / "results.json", results)
     (out / "table.md").write_text(report.markdown(results))
     if plots and not matrix["peer"]:

@@ -10,7 +10,7 @@ from functools import lru_cache
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|Cannot allocate memory|MemoryError|std::bad_alloc|Signal 9 \(SIGKILL\)", re.IGNORECASE
 )
-REASON = re.compile(r"^(?:train\.py: error|launch\.sh|\S*Error|\S*Exception)\b.*", re.MULTILINE)
+REASON = re.compile(r"^(?:\[rank\d+\]: )?(?:train\.py: error|launch\.sh|\S*Error|\S*Exception)\b.*", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def flop_coefficients(words):
     from zerotune.flops import coefficients
 
     args = parse_arguments([*words, "--output_dir", "unused"])
+    if args.peft:
+        return None  # the count knows the model alone
     config = AutoConfig.from_pretrained(args.model_name_or_path)
     found = coefficients(config, args.task, tuple(args.freeze), tuple(args.unfreeze))
     return None if found is None else tuple(found)

@@ -279,7 +279,8 @@ class Data:
         if max_positions is not None:
             longest = max(rows["longest_side"][:], default=0)
             room = max(rows["prompt_length"][:], default=0) + (args.generation_max_length or args.max_target_length)
-            generates = split != "train" and args.task == "causal" and not args.text_column
+            generates = split == "test" or (split == "validation" and args.predict_with_generate and bool(args.metric))
+            generates = generates and args.task == "causal" and not args.text_column
             for tokens, what in (
                 (longest, "the longest row has"),
                 (room if generates else 0, "the longest prompt and generation have"),

@@ -287,6 +287,19 @@ def check_config(config, name, args):
             "--optim adafactor: ZeRO flattens the parameters, which takes away the rows and columns that Adafactor factors; "
             "use --optim adamw_torch_fused, or STRATEGY=ddp or single"
         )
+    if args.peft == "adalora":
+        problems.append(
+            "--peft adalora: moves its ranks by each parameter's gradient after the step, which ZeRO has shared out and released; "
+            "use --peft lora, or STRATEGY=ddp or single"
+        )
+    if args.peft == "trainable_tokens" and section(config, "zero_optimization").get("stage") == 3 and not has_cuda():
+        problems.append("--peft trainable_tokens: peft collects the tokens of a sharded embedding on GPUs alone; use zero2 here")
+    offload = section(config, "zero_optimization.offload_optimizer").get("device", "none")
+    if args.optim in ("adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit") and offload != "none":
+        problems.append(
+            f"--optim {args.optim}: {name} keeps optimizer states on {offload}, where DeepSpeed's own AdamW steps in float32; use "
+            "--optim adamw_torch_fused here, or a strategy without offload"
+        )
     if uses_nvme(config) and args.save_steps:
         problems.append(
             f"--save_steps {args.save_steps}: DeepSpeed 0.19.8 does not restore what lies on NVMe, so a resumed run would go on "

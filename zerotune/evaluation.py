@@ -14,7 +14,7 @@ from accelerate.utils import gather_object, send_to_device
 
 from zerotune.batches import evaluation_batches
 from zerotune.errors import UserError
-from zerotune.loss import IGNORE, token_loss_sum
+from zerotune.loss import IGNORE, forward_loss, token_loss_sum
 
 METRICS = Path(__file__).resolve().parents[1] / "metrics"
 DEFAULT_METRICS = {"seq2seq": ("rouge", "bleu"), "causal": (), "classification": ("classification",)}
@@ -99,11 +99,13 @@ class Evaluator:
             batch["labels"][~real] = IGNORE
             batch = send_to_device(batch, device)
             labels = batch.pop("labels")
-            logits = model(**batch).logits
-            sums += torch.stack([token_loss_sum(logits, labels).double(), (labels != IGNORE).sum().double()])
             if self.args.task == "classification":
-                best = logits.argmax(-1).tolist()
+                logits = model(**batch).logits
+                loss_sum, best = token_loss_sum(logits, labels), logits.argmax(-1).tolist()
                 classes |= {int(row): best[index] for index, row in enumerate(numbers) if real[index]}
+            else:
+                loss_sum = forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
+            sums += torch.stack([loss_sum.double(), (labels != IGNORE).sum().double()])
         loss_sum, targets = self.accelerator.reduce(sums, reduction="sum").tolist()
         return loss_sum, int(targets), classes
 

@@ -8,28 +8,40 @@ import torch
 import transformers
 from accelerate.utils import gather_object
 
+from zerotune.adapters import adapter_state, merge, save_adapter
 from zerotune.errors import RunError
 from zerotune.model import AUTO_CLASSES
 
 
-def export(accelerator, model, tokenizer, output_dir, task, trust_remote_code=False):
+def export(accelerator, model, tokenizer, output_dir, args):
     """Write output_dir/final from any strategy (ZeRO-3's shards are gathered) and return its path.
+
+    With --peft it holds the adapter alone, and with --merge_adapter output_dir/merged the whole model.
 
     The weights have the training precision: float32, or bf16/fp16 under DeepSpeed. The main process loads the folder as a user
     would and compares every tensor bit by bit. RunError, on every rank, if that fails or the disk is full; an earlier final/ stays.
     """
     final, errors = Path(output_dir) / "final", []
     temporary = Path(f"{final}.tmp")
-    state = accelerator.get_state_dict(model)  # a collective under ZeRO-3; whole on the main process
+    inner = accelerator.unwrap_model(model)
+    # A collective under ZeRO-3; whole on the main process.
+    state = adapter_state(inner) if args.peft else accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            inner = accelerator.unwrap_model(model)
-            # state_dict names a tied weight several times; written once, it is tied again on loading.
-            inner.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+            if args.peft:
+                save_adapter(inner, temporary, state)
+            else:
+                # state_dict names a tied weight several times; written once, it is tied again on loading.
+                inner.save_pretrained(temporary, state_dict=state, safe_serialization=True)
             tokenizer.save_pretrained(temporary)
-            check(temporary, task, state, trust_remote_code)
+            if not args.peft:
+                check(temporary, args.task, state, args.trust_remote_code)
             replace(temporary, final)
+            if args.merge_adapter:
+                transformers.integrations.deepspeed.unset_hf_deepspeed_config()
+                merge(final, temporary, AUTO_CLASSES[args.task], args.model_name_or_path, args.trust_remote_code, tokenizer)
+                replace(temporary, final.with_name("merged"))
         except Exception as error:  # whatever it is, the other ranks must hear of it instead of waiting
             shutil.rmtree(temporary, ignore_errors=True)
             errors.append(f"{final}: not written: {type(error).__name__}: {' '.join(str(error).split())[:300]}")

@@ -151,12 +151,12 @@ def matcher(model, rule, blocks):
     raise UserError(f"rule {rule!r} is not known{nearest(rule, (*PARTS, 'all', 'layers[-1]'))}; rules: {forms}")
 
 
-def apply_rules(model, freeze, unfreeze):
+def apply_rules(model, freeze, unfreeze, all_may_be_frozen=False):
     """Set requires_grad by the rules and return a FreezeReport.
 
     model: a transformers model, before it is wrapped for training. freeze, unfreeze: lists of rules, applied in that order.
     Raises UserError with every problem found: a rule that is unknown, outside its range or matches nothing (with the nearest
-    names), rules that disagree about a tied weight, everything frozen.
+    names), rules that disagree about a tied weight, everything frozen (unless adapters are to come: all_may_be_frozen).
     """
     parameters, blocks = names_of(model), block_lists(model)
     verdicts = {}  # (index of the parameter, name) -> (frozen?, the rule that said so last)
@@ -191,7 +191,7 @@ def apply_rules(model, freeze, unfreeze):
         elif said:
             parameter.requires_grad_(not next(iter(said.values()))[0])
     trainable = sum(num_elements(p) for p, _ in parameters if p.requires_grad)
-    if trainable == 0 and not problems:
+    if trainable == 0 and not problems and not all_may_be_frozen:
         problems.append("--freeze: everything is frozen, nothing would learn; add an --unfreeze rule such as head or layers[-1]")
     if problems:
         raise UserError(*problems)

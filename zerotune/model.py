@@ -14,7 +14,9 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from zerotune.adapters import add_tokens
 from zerotune.errors import UserError
+from zerotune.quantization import prepare_quantized
 
 AUTO_CLASSES = {
     "seq2seq": AutoModelForSeq2SeqLM,
@@ -38,6 +40,7 @@ def load_config_and_tokenizer(args):
     except (OSError, ValueError) as error:
         raise UserError(f"--tokenizer_name {name}: {first_line(error)}") from None
     check_tokenizer(tokenizer, name, args)
+    add_tokens(tokenizer, args.trainable_tokens)
     if type(config) not in AUTO_CLASSES[args.task]._model_mapping and not args.trust_remote_code:
         fits = [task for task, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping]
         raise UserError(f"--task {args.task}: a {config.model_type} model cannot do this; it fits {', '.join(fits) or 'no task'}")
@@ -80,12 +83,13 @@ def max_positions(config):
     return positions
 
 
-def load_model(args, config, tokenizer, labels, dtype):
+def load_model(args, config, tokenizer, labels, dtype, quantization=None):
     """Return (the pretrained model for args.task, names of weights that the checkpoint lacks and that start new).
 
     labels: class names, or None. dtype: torch.float32, which mixed precision outside DeepSpeed needs as master weights, or the
     training precision under DeepSpeed, which keeps its own float32 masters. Under ZeRO-3 with zero.Init active (accelerate
-    switches it on with the plugin) each rank holds its shard alone from the first moment.
+    switches it on with the plugin) each rank holds its shard alone from the first moment; a quantised model (quantization: its
+    configuration) is sharded only when DeepSpeed takes it over.
     """
     auto = AUTO_CLASSES[args.task]
     if labels is not None:
@@ -103,6 +107,7 @@ def load_model(args, config, tokenizer, labels, dtype):
                 trust_remote_code=args.trust_remote_code,
                 ignore_mismatched_sizes=labels is not None,  # a head for other classes is replaced by a new one
                 output_loading_info=True,
+                quantization_config=quantization,
             )
         except OSError as error:
             raise UserError(f"--model_name_or_path {args.model_name_or_path}: {first_line(error)}") from None
@@ -114,6 +119,8 @@ def load_model(args, config, tokenizer, labels, dtype):
                 f"--model_name_or_path {args.model_name_or_path}: {mismatch}; ZeRO-3 cannot replace weights of another size on "
                 "loading: use zero2, or a checkpoint without them"
             ) from None
+    if quantization is not None:
+        model = prepare_quantized(model)
     if args.target_lang:
         speak(model, tokenizer, args.target_lang)
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+BITSANDBYTES = {"adamw_bnb_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
+
 
 def lr_at(step, *, learning_rate, lr_scheduler_type, warmup_steps, max_steps):
     """Return the learning rate of optimizer step `step`, counted from 0.
@@ -42,7 +44,8 @@ def parameter_groups(model, weight_decay):
 def build_optimizer(model, *, optim, learning_rate, weight_decay, on_host):
     """Return the optimizer over the trainable parameters.
 
-    optim: adamw_torch, adamw_torch_fused or adafactor (fixed learning rate, as transformers' Trainer sets it).
+    optim: adamw_torch, adamw_torch_fused, adafactor (fixed learning rate, as transformers' Trainer sets it), or bitsandbytes'
+    adamw_bnb_8bit, paged_adamw_8bit and paged_adamw_32bit.
     on_host: DeepSpeed keeps optimizer states in host memory or on NVMe; AdamW is then DeepSpeed's own C++ one. accelerate
     would make that exchange by itself and without a word, so it is made here, where the log and run.json show it.
     """
@@ -55,6 +58,10 @@ def build_optimizer(model, *, optim, learning_rate, weight_decay, on_host):
         from transformers.optimization import Adafactor
 
         return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
+    if optim in BITSANDBYTES:
+        import bitsandbytes.optim
+
+        return getattr(bitsandbytes.optim, BITSANDBYTES[optim])(groups, lr=learning_rate)
     return torch.optim.AdamW(groups, lr=learning_rate, fused=optim == "adamw_torch_fused")
 
 

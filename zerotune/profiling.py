@@ -4,6 +4,7 @@ At each border between phases the device is waited for, so these steps are a lit
 under torch's profiler, which tells how long communication or copies between host and device went on while nothing was computed.
 """
 
+import re
 import time
 from collections import Counter
 
@@ -11,6 +12,7 @@ import torch
 
 from zerotune.records import GIB
 
+TRANSFER = re.compile(r"nccl|memcpy (HtoD|DtoH)", re.IGNORECASE)
 PHASES = ("data", "forward", "backward", "optimizer")
 
 
@@ -80,9 +82,10 @@ class Profile:
 
 def exposed_seconds(events):
     """Return for how long collectives or host-device copies went on while no kernel (CPU: no operator) computed."""
-    on_device = [event for event in events if event.device_type.name == "CUDA"]
+    # Annotated ranges (an optimizer's step) span idle gaps; copies within the device compute as far as waiting goes.
+    on_device = [e for e in events if e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False)]
     if on_device:
-        transfers = [event for event in on_device if "nccl" in event.name.lower() or "memcpy" in event.name.lower()]
+        transfers = [event for event in on_device if TRANSFER.search(event.name)]
         compute = [event for event in on_device if event not in transfers]
     else:
         transfers = [event for event in events if event.name.startswith(("gloo:", "nccl:"))]

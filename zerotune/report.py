@@ -48,7 +48,10 @@ def ratio_of(pairs):
 
 
 def aggregate(cells, matrix):
-    """Return a row for each set, batch and strategy over its repeats; ratios are to the baseline strategy in the same repeat."""
+    """Return a row for each set, batch and strategy over its repeats.
+
+    Ratios are to the baseline strategy in the same repeat, or, in a matrix of one strategy, to the first set.
+    """
     groups, baseline = defaultdict(list), matrix["baseline"] or matrix["strategies"][0]
     batches = [batch_label(batch) for batch in matrix["batches"]]
     for cell in cells:
@@ -86,9 +89,10 @@ def aggregate(cells, matrix):
         for key in keys.split():
             values = [value["median"] if isinstance(value := cell.get(key), dict) else value for cell in good]
             row[key] = None if None in values else statistics.median(values)
-        base = {cell["repeat"]: cell for cell in groups.get((name, batch, baseline), []) if cell["status"] == "ok"}
+        against = (name, batch, baseline) if len(matrix["strategies"]) > 1 else (next(iter(matrix["sets"])), batch, strategy)
+        base = {cell["repeat"]: cell for cell in groups.get(against, []) if cell["status"] == "ok"}
         pairs = [(c["mean_tokens_per_second"], base[c["repeat"]]["mean_tokens_per_second"]) for c in good if c["repeat"] in base]
-        row["speed_ratio"] = ratio_of(pairs) if strategy != baseline else None
+        row["speed_ratio"] = ratio_of(pairs) if against != (name, batch, strategy) else None
         rows.append(row)
     return rows
 
@@ -125,7 +129,19 @@ def markdown(results):
 
 def table(rows):
     kind = "device" if any(row.get("peak_device_memory_gib") for row in rows) else "host"
-    head = ["flags", "batch", "strategy", "tokens/s (min-max)", "vs", f"{kind} GiB", "data", "forward", "backward", "optimizer"]
+    kinds = ["device", "host"] if kind == "device" else ["host"]  # what offload takes from the one it puts on the other
+    head = [
+        "flags",
+        "batch",
+        "strategy",
+        "tokens/s (min-max)",
+        "vs",
+        *(f"{kind} GiB" for kind in kinds),
+        "data",
+        "forward",
+        "backward",
+        "optimizer",
+    ]
     head += ["wait", "MFU", "MFLOP/token", "padding", "loss", "checkpoint"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
@@ -136,7 +152,7 @@ def table(rows):
         speed, ratio = row["tokens_per_second"], row["speed_ratio"]
         cells.append(f"{speed['median']:,.0f} ({speed['min']:,.0f}-{speed['max']:,.0f})")
         cells.append(f"{ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else "")
-        cells.append(f"{row[f'peak_{kind}_memory_gib']:.2f}")
+        cells += [f"{row[f'peak_{kind}_memory_gib']:.2f}" for kind in kinds]
         cells += [number(row[f"{phase}_seconds"], ".1f", 1e3) for phase in ("data", "forward", "backward", "optimizer", "wait")]
         cells += [
             number(row["mfu"], ".1%"),
@@ -150,7 +166,9 @@ def table(rows):
         "tokens/s: real tokens of all processes, median over steps and repeats. data to wait: milliseconds of a step; wait is",
     ]
     lines += ["communication, or copies between host and device, while nothing was computed, and lies within the phases. vs: speed"]
-    lines += [f"against the baseline strategy in the same repeat, from {RATIO_REPEATS} repeats on. checkpoint: MB."]
+    lines += [
+        f"against the baseline strategy (if there is one alone: the first flags), from {RATIO_REPEATS} repeats on. checkpoint: MB."
+    ]
     return lines
 
 
@@ -174,9 +192,11 @@ def table_of_peer(rows):
         "Ratios are ours / Trainer in the same repeat: median (min-max). Speed above 1 and the others below 1 are in our favour.",
     ]
     lines += [
-        "The Trainer of transformers 5.23 logs T5's and BART's loss as a sum over the accumulated micro-batches, because their"
+        "Where the Trainer's loss is a multiple of ours: its forward took the number of tokens and ignored it, so that it logs"
     ]
-    lines += ["forward takes the number of tokens and ignores it: divide by gradient_accumulation_steps to compare."]
+    lines += [
+        "the sum over the accumulated micro-batches (T5 and BART in transformers 5.23); divide by gradient_accumulation_steps."
+    ]
     return lines
 
 

@@ -44,6 +44,10 @@ class Strategy:
         return f"ZeRO-{zero['stage']}, offload: {places}"
 
     @property
+    def zero_stage(self):
+        return self.config["zero_optimization"]["stage"] if self.config else 0
+
+    @property
     def optimizer_on_host(self):
         """Tell whether DeepSpeed keeps the optimizer states outside the device (CPU memory or NVMe)."""
         return section(self.config or {}, "zero_optimization.offload_optimizer").get("device", "none") != "none"
@@ -59,11 +63,13 @@ class Strategy:
 
 
 def check_device(args):
-    """Return problems with a precision that this machine's devices do not have."""
+    """Return problems with a precision or an optimizer that this machine's devices do not have."""
     import torch
 
     if args.mixed_precision == "fp16" and not has_cuda():
         return ["--mixed_precision fp16: this machine's device is a CPU, which cannot train in fp16; use --mixed_precision bf16"]
+    if args.optim.startswith("paged") and not has_cuda():
+        return [f"--optim {args.optim}: pages a GPU's memory, and this machine's device is a CPU; use --optim adamw_bnb_8bit"]
     if args.mixed_precision == "bf16" and has_cuda() and not torch.cuda.is_bf16_supported(including_emulation=False):
         return ["--mixed_precision bf16: this GPU has no bf16; use --mixed_precision fp16 (or no)"]
     return []
@@ -151,7 +157,7 @@ def check_launch(path, num_processes, flags):
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     args = parse_arguments(flags)
     # torch takes seconds to import, and float32 runs everywhere.
-    problems = check_device(args) if args.mixed_precision != "no" else []
+    problems = check_device(args) if args.mixed_precision != "no" or args.optim.startswith("paged") else []
     json_path = (content.get("deepspeed_config") or {}).get("deepspeed_config_file")
     if json_path:
         try:

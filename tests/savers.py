@@ -1,0 +1,216 @@
+"""Every memory saver x model x strategy: trains, resumes in the same bits, exports, loads again; or is refused, and why.
+
+    .venv/bin/python tests/savers.py --out docs/savers.json     writes docs/savers.md beside it; goes on where it was stopped
+
+tests/test_savers.py runs a few of them.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+SAVERS = {
+    "lora": {"peft": "lora"},
+    "dora": {"peft": "dora"},
+    "rslora": {"peft": "rslora"},
+    "adalora": {"peft": "adalora", "lora_r": 4},
+    "ia3": {"peft": "ia3"},
+    "prefix": {"peft": "prefix", "num_virtual_tokens": 4, "learning_rate": 1.0},
+    "prompt": {"peft": "prompt", "num_virtual_tokens": 4, "learning_rate": 1.0},
+    "trainable_tokens": {"peft": "trainable_tokens", "trainable_tokens": [*(f"w{n}" for n in range(1, 20)), "<mine>"]},
+    "lora, head learns": {"peft": "lora", "unfreeze": ["head"]},
+    "loss_chunks": {"loss_chunks": 3},
+    "lora, loss_chunks, checkpointing": {"peft": "lora", "loss_chunks": 3, "gradient_checkpointing": "true"},
+    "qlora (nf4, double)": {"quantize": "nf4", "double_quant": "true", "peft": "lora", "target_modules": ["all-linear"]},
+    "int8, lora": {"quantize": "int8", "peft": "lora", "target_modules": ["all-linear"]},
+    "adamw_bnb_8bit": {"optim": "adamw_bnb_8bit"},
+}
+MODELS = ("t5", "bart", "gpt2", "llama", "phi3")
+STRATEGIES = ("single", "ddp", "zero2", "zero3")
+STEPS, SAVED = 6, 3
+
+
+def launch(strategy, folder, flags):
+    """Run scripts/launch.sh with two processes where the strategy has several; return (exit code, output)."""
+    environment = {**os.environ, "STRATEGY": strategy, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "scripts/launch.sh"), *flags, "--output_dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return done.returncode, done.stdout + done.stderr
+
+
+def records(folder, key):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record[key] for record in lines if key in record]
+
+
+def check(strategy, model, rows, options, folder):
+    """Return "works" or "refused: why" for one place of the table; AssertionError for anything else.
+
+    model: a folder with a tiny model; rows: a file, with validation.jsonl beside it; options: a saver's flags.
+    """
+    from conftest import check_engine, flags_of
+    from state import state_hash
+
+    config = json.loads((Path(model) / "config.json").read_text())
+    task = "seq2seq" if config.get("is_encoder_decoder") else "causal"
+    common = {
+        "model_name_or_path": model, "train_file": rows, "validation_file": rows.with_name("validation.jsonl"), "task": task,
+        # 5 rows: with 2 ranks the last evaluation batch of one of them has no target at all.
+        "per_device_eval_batch_size": 2, "predict_with_generate": "false",
+        "learning_rate": 0.02, "lr_scheduler_type": "constant", "per_device_train_batch_size": 4 if strategy == "single" else 2,
+        "gradient_accumulation_steps": 4, "max_steps": STEPS, "save_steps": SAVED, "logging_steps": 1, "max_target_length": 32,
+    }  # fmt: skip
+    flags = flags_of(common | options)
+    straight, again = folder / "straight", folder / "again"
+    code, output = launch(strategy, straight, flags)
+    if code == 2:
+        (line, *_) = [line for line in output.splitlines() if "error: " in line]
+        assert "Traceback" not in output
+        return f"refused: {line.partition('error: ')[2]}"
+    assert code == 0, output[-4000:]
+    engine = json.loads((straight / "run.json").read_text())["engine"]
+    assert engine.pop("base_optimizer", engine["optimizer"]) == ("AdamW8bit" if options.get("optim") else "AdamW")
+    if not options.get("quantize"):  # quantised weights are sharded later, when DeepSpeed takes the model over
+        check_engine(engine | {"base_optimizer": "AdamW"}, strategy, None)
+    losses = records(straight, "loss")
+    assert len(losses) == STEPS and sum(losses[-2:]) < sum(losses[:2]), losses
+
+    shutil.copytree(straight, again)
+    shutil.rmtree(again / f"checkpoint-{STEPS}")
+    shutil.rmtree(again / "final")
+    code, output = launch(strategy, again, flags)
+    assert code == 0, output[-4000:]
+    assert json.loads((again / "run.json").read_text())["resumed_from"].endswith(f"checkpoint-{SAVED}")
+    assert records(again, "loss") == losses
+    assert state_hash(again / f"checkpoint-{STEPS}") == state_hash(straight / f"checkpoint-{STEPS}")
+
+    files = {path.name for path in (straight / "final").iterdir()}
+    assert ("adapter_model.safetensors" in files) == bool(options.get("peft")) != ("model.safetensors" in files), files
+    (expected,) = records(straight, "eval_loss")
+    loss = loss_of_final(straight, common | options)
+    assert abs(loss - expected) <= 1e-4 * expected, (loss, expected)
+    return "works"
+
+
+def loss_of_final(run, options):
+    """Return the loss of the validation rows under final/, loaded as a user would: with transformers and peft alone."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    from zerotune.collation import Collator
+    from zerotune.data import Data
+    from zerotune.loss import count_targets, forward_loss
+    from zerotune.model import AUTO_CLASSES
+    from zerotune.quantization import quantization_config
+
+    args = argparse.Namespace(**json.loads((run / "run.json").read_text())["arguments"])
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    quantization = quantization_config(args, torch.float32, 0)
+    folder = args.model_name_or_path if args.peft else run / "final"
+    base = AUTO_CLASSES[args.task].from_pretrained(folder, quantization_config=quantization)
+    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(len(tokenizer))
+    model = (PeftModel.from_pretrained(base, run / "final") if args.peft else base).eval()
+    rows = Data(args, tokenizer).rows["validation"][:]
+    shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    batch = Collator(args.task, tokenizer.pad_token_id, None, 1, shift)(rows)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        return (forward_loss(model, batch, labels) / count_targets({"labels": labels})).item()
+
+
+def make_inputs(folder):
+    """Return ({model: folder}, rows): tiny models and a file of 16 rows of unequal length."""
+    import torch
+    from conftest import save_tokenizer, text, tiny_config
+
+    models = {}
+    for name in MODELS:
+        models[name] = folder / name
+        if not models[name].exists():
+            model_class, config = tiny_config(name, 0.1)
+            # 64 is the block of the four-bit kernels on a CPU
+            wide = {
+                "d_model": 64,
+                "hidden_size": 64,
+                "n_embd": 64,
+                "d_ff": 128,
+                "intermediate_size": 128,
+                "d_kv": 16,
+                "head_dim": 16,
+            }
+            config.update({key: value for key, value in wide.items() if key in config.to_dict()})
+            torch.manual_seed(1)
+            model_class(config).save_pretrained(models[name])
+            save_tokenizer(models[name])
+    rows = [{"source": text(n, 1 + 3 * n), "target": text(n + 3, 1 + (n * 11) % 31)} for n in range(16)]
+    for name, part in (("rows", rows), ("validation", rows[:5])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return models, folder / "rows.jsonl"
+
+
+def write_table(results, path):
+    """Write the results as a Markdown table: a row for each saver and strategy, a column for each model; reasons below."""
+    lines = ["# Memory savers: what works where", "", f"Written by tests/savers.py; {results['environment']}.", ""]
+    lines += ["| saver | strategy | " + " | ".join(MODELS) + " |", "|---|---|" + "---|" * len(MODELS)]
+    reasons = []
+    for saver in SAVERS:
+        for strategy in STRATEGIES:
+            cells = []
+            for model in MODELS:
+                found = results["cells"].get(f"{saver}/{strategy}/{model}", "")
+                if found not in ("works", ""):
+                    if found not in reasons:
+                        reasons.append(found)
+                    found = f"{found.partition(':')[0]} ({reasons.index(found) + 1})"
+                cells.append(found)
+            lines.append(f"| {saver} | `{strategy}` | " + " | ".join(cells) + " |")
+    lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
+    Path(path).write_text("\n".join(lines) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--savers", nargs="+", default=list(SAVERS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
+    args = parser.parse_args()
+    from zerotune.records import environment_facts, write_json
+
+    facts = environment_facts()
+    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "transformers", "peft", "deepspeed"))
+    results = json.loads(args.out.read_text()) if args.out.exists() else {"cells": {}}
+    results["environment"] = f"{versions}; commit {facts['git_commit'][:12]}"
+    with tempfile.TemporaryDirectory() as folder:
+        models, rows = make_inputs(Path(folder))
+        for saver in args.savers:
+            for strategy in args.strategies:
+                for model in args.models:
+                    name = f"{saver}/{strategy}/{model}"
+                    if results["cells"].get(name, "fails").startswith("fails"):
+                        run = Path(folder) / "runs"
+                        shutil.rmtree(run, ignore_errors=True)
+                        run.mkdir()
+                        try:
+                            results["cells"][name] = check(strategy, models[model], rows, SAVERS[saver], run)
+                        except AssertionError as error:
+                            said = [line for line in str(error).splitlines() if "Error" in line and "ChildFailed" not in line]
+                            results["cells"][name] = f"fails: {(said or [str(error)[-300:]])[0]}"
+                        print(f"{name}: {results['cells'][name]}", flush=True)
+                        write_json(args.out, results)
+                        write_table(results, args.out.with_suffix(".md"))
+    return int(any(found.startswith("fails") for found in results["cells"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

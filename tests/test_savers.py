@@ -1,0 +1,166 @@
+"""Memory savers: adapters, quantised bases, the loss in pieces, small optimizers; tests/savers.py is the long form."""
+
+import pytest
+import torch
+from savers import SAVERS, check, make_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from zerotune.adapters import add_adapter
+from zerotune.arguments import Arguments, check_arguments
+from zerotune.deepspeed_config import check_config, read_deepspeed_config
+from zerotune.errors import UserError
+from zerotune.loss import CHUNKABLE, chunk_loss, forward_loss
+
+VOCABULARY = 5000
+DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+DECODER |= {"head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0, "dropout_rate": 0.0}
+BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+BART |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "dropout": 0.0}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SMALL = {
+    "t5": T5, "t5 1.1": T5 | {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}, "mt5": T5, "umt5": T5,
+    "bart": BART, "mbart": BART, "gpt2": GPT2, **dict.fromkeys("llama mistral phi phi3 qwen2 qwen3 gemma".split(), DECODER),
+    "gemma2": DECODER | {"final_logit_softcapping": 0.05},
+}  # fmt: skip
+
+
+def small_model(name):
+    config = AutoConfig.for_model(name.split()[0], vocab_size=VOCABULARY, **SMALL[name])
+    torch.manual_seed(0)
+    model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.normal_()
+    return model
+
+
+def small_batch(model):
+    ids = torch.randint(5, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
+    labels = ids.roll(1).clone()
+    labels[0, :7] = labels[2, 3:] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    return (batch | {"decoder_input_ids": ids.roll(2)} if model.config.is_encoder_decoder else batch), labels
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements of any tensor that an operator returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))])
+        return result
+
+
+def loss_and_gradients(model, batch, labels, chunked):
+    model.zero_grad()
+    with Largest() as largest:
+        loss_sum = forward_loss(model, batch, labels, chunked)
+        loss_sum.backward()
+    return loss_sum.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None], largest.elements
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_loss_in_pieces_is_the_loss(name):
+    model = small_model(name)
+    batch, labels = small_batch(model)
+    plain, expected, whole = loss_and_gradients(model, batch, labels, False)
+    logits = model(**batch).logits
+    chunk_loss(model, 8)
+    chunked, gradients, largest = loss_and_gradients(model, batch, labels, True)
+    assert chunked == pytest.approx(plain, rel=1e-5)
+    assert len(gradients) == len(expected) > 5
+    rounding = 1e-7 * torch.stack([gradient.norm() for gradient in expected]).norm()  # a key's bias has no gradient but rounding
+    for mine, other in zip(gradients, expected, strict=True):
+        assert (mine - other).norm() <= 1e-4 * other.norm() + rounding
+    weights = VOCABULARY * 32  # the embeddings' gradient is there either way
+    assert whole >= 36 * VOCABULARY > weights and largest == weights
+    assert torch.equal(model(**batch).logits, logits)  # without labels it is the model that it was
+    none, gradients, _ = loss_and_gradients(model, batch, torch.full_like(labels, -100), True)
+    assert none == 0 and len(gradients) == len(expected) and not any(gradient.any() for gradient in gradients)
+    ids = model.generate(input_ids=batch["input_ids"], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert ids.shape[1] >= 4
+    assert {name.split()[0] for name in SMALL} == CHUNKABLE
+
+
+def test_other_families_are_refused():
+    config = AutoConfig.for_model("granite", vocab_size=100, logits_scaling=3.0, **DECODER)
+    with pytest.raises(UserError, match="--loss_chunks: not known to be exact for a granite model; it is for bart, gemma"):
+        chunk_loss(AutoModelForCausalLM.from_config(config), 4)
+    args = Arguments(model_name_or_path="x", output_dir="y", train_file="z", loss_chunks=2, task="classification")
+    assert any("--loss_chunks: a classifier" in problem for problem in check_arguments(args))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("savers"))
+
+
+PLACES = [
+    ("lora", "zero3", "t5"),
+    ("lora, head learns", "zero2", "llama"),
+    ("ia3", "ddp", "bart"),
+    ("adalora", "ddp", "t5"),
+    ("prefix", "ddp", "gpt2"),
+    ("prompt", "zero3", "llama"),
+    ("trainable_tokens", "single", "t5"),
+    ("lora, loss_chunks, checkpointing", "zero3", "llama"),
+    ("qlora (nf4, double)", "single", "phi3"),
+    ("adamw_bnb_8bit", "zero2", "bart"),
+]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("saver, strategy, model", PLACES)
+def test_savers_train_resume_and_load(saver, strategy, model, inputs, tmp_path):
+    models, rows = inputs
+    assert check(strategy, models[model], rows, SAVERS[saver], tmp_path) == "works"
+
+
+def wrap(folder, **flags):
+    args = Arguments(model_name_or_path=str(folder), **flags)
+    auto = AutoModelForSeq2SeqLM if args.task == "seq2seq" else AutoModelForCausalLM
+    return add_adapter(auto.from_pretrained(folder), args, AutoTokenizer.from_pretrained(folder), torch.float32, 10)
+
+
+def test_rules_beside_an_adapter(inputs):
+    models, _ = inputs
+    model, report = wrap(models["llama"], task="causal", peft="lora", unfreeze=["head"])
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in names if "lora_" not in name} == {"base_model.model.lm_head.modules_to_save.default.weight"}
+    assert len(names) == 1 + 4 * 2 * 2  # A and B of the queries and values of four blocks
+    assert (report.num_trainable, report.num_total) == model.get_nb_trainable_parameters()
+    for family, flags, message in [
+        ("t5", {"peft": "lora", "unfreeze": ["head"]}, "is also .*; beside an adapter a tied weight cannot learn"),
+        ("t5", {"peft": "lora", "target_modules": ["qq", "v"]}, r"--target_modules qq: no module of T5For.*did you mean q"),
+        ("llama", {"peft": "lora", "target_modules": ["q_pro"], "task": "causal"}, "did you mean q_proj"),
+        ("llama", {"peft": "lora", "unfreeze": ["layers[9]"], "task": "causal"}, "outside the range"),
+        ("t5", {"peft": "trainable_tokens", "trainable_tokens": [" "]}, "--trainable_tokens ' ': is no token"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            wrap(models[family], **flags)
+
+
+def test_mistakes_are_found_before_training():
+    def problems(**flags):
+        return "\n".join(check_arguments(Arguments(model_name_or_path="x", output_dir="y", dataset_name="z", **flags)))
+
+    assert "--lora_r 0: must be greater than 0" in problems(peft="lora", lora_r=0)
+    assert "--lora_dropout 1.5: must be at least 0 and below 1" in problems(peft="lora", lora_dropout=1.5)
+    assert "--target_modules: is for adapters; give --peft" in problems(target_modules=["q"])
+    assert "--quantize: quantised weights cannot learn; give an adapter" in problems(quantize="nf4")
+    assert "--double_quant: is for --quantize nf4 and fp4 (given: int8)" in problems(
+        quantize="int8", double_quant=True, peft="lora"
+    )
+    assert "--merge_adapter: --peft prefix cannot be merged" in problems(peft="prefix", merge_adapter=True)
+    assert "does not go with --peft prefix" in problems(peft="prefix", gradient_checkpointing=True)
+    assert "--trainable_tokens and --peft trainable_tokens go together" in problems(peft="trainable_tokens")
+    assert problems(peft="lora") == ""
+    path = "ds_configs/zero2_offload.json"
+    with pytest.raises(UserError, match="adamw_bnb_8bit: .*zero2_offload.json keeps optimizer states on cpu"):
+        check_config(read_deepspeed_config(path), path, Arguments(optim="adamw_bnb_8bit"))
