@@ -46,6 +46,7 @@ from zerotune.freezing import GradientWatch, apply_rules
 from zerotune.loss import chunk_loss, count_targets, forward_loss
 from zerotune.model import (
     T5_FAMILY,
+    apply_liger,
     count_partitioned,
     enable_gradient_checkpointing,
     hidden_size,
@@ -130,6 +131,8 @@ def main():
     if new_weights:
         console.say(f"model: weights that the checkpoint does not have start new: {', '.join(new_weights)}")
     num_partitioned = count_partitioned(model)
+    if args.liger:
+        apply_liger(model)
     if args.peft:
         model, freeze_report = add_adapter(model, args, tokenizer, dtype, max_steps)
     else:

@@ -2,23 +2,30 @@
 
     .venv/bin/python tests/savers.py --out docs/savers.json     writes docs/savers.md beside it; goes on where it was stopped
 
+In the long form the ranks are forks of one process, without a launcher.
+
 tests/test_savers.py runs a few of them.
 """
 
 import argparse
 import json
 import os
+import runpy
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 SAVERS = {
-    "lora": {"peft": "lora"},
+    "lora": {"peft": "lora", "merge_adapter": "true"},
     "dora": {"peft": "dora"},
     "rslora": {"peft": "rslora"},
     "adalora": {"peft": "adalora", "lora_r": 4},
@@ -46,12 +53,64 @@ def launch(strategy, folder, flags):
     return done.returncode, done.stdout + done.stderr
 
 
+def fork(strategy, folder, flags):
+    """Do what `launch` does with forks of this process, which has imported the libraries once; for hundreds of runs."""
+    ranks, processes, log = (1 if strategy == "single" else 2), {}, folder.with_suffix(".log")
+    with socket.socket() as free:
+        free.bind(("", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    if strategy.startswith("zero"):
+        config = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"ds_configs/{strategy}.json"}
+        address |= config | {"DS_ACCELERATOR": "cpu"}
+    for rank in range(ranks):
+        place = address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= place if ranks > 1 else {}
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.argv = ["train.py", *flags, "--output_dir", str(folder)]
+            try:
+                runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+        processes[pid] = None
+    end = time.time() + 300
+    while None in processes.values():
+        for pid in [pid for pid, code in processes.items() if code is None]:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                processes[pid] = os.waitstatus_to_exitcode(status)
+                end = min(end, time.time() + 20) if processes[pid] else end
+            elif time.time() > end:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    codes = [code for code in processes.values() if code]
+    return (2 if 2 in codes else codes[0] if codes else 0), log.read_text()
+
+
+def in_a_fork(function, *arguments):
+    """Return what the function returns, called in a process of its own."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        try:
+            os.write(write, json.dumps(function(*arguments)).encode())
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    os.close(write)
+    with open(read) as file:
+        return json.loads(file.read())
+
+
 def records(folder, key):
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [record[key] for record in lines if key in record]
 
 
-def check(strategy, model, rows, options, folder):
+def check(strategy, model, rows, options, folder, launch=launch):
     """Return "works" or "refused: why" for one place of the table; AssertionError for anything else.
 
     model: a folder with a tiny model; rows: a file, with validation.jsonl beside it; options: a saver's flags.
@@ -95,13 +154,14 @@ def check(strategy, model, rows, options, folder):
     files = {path.name for path in (straight / "final").iterdir()}
     assert ("adapter_model.safetensors" in files) == bool(options.get("peft")) != ("model.safetensors" in files), files
     (expected,) = records(straight, "eval_loss")
-    loss = loss_of_final(straight, common | options)
-    assert abs(loss - expected) <= 1e-4 * expected, (loss, expected)
+    for name in ("final", "merged") if options.get("merge_adapter") else ("final",):
+        loss = in_a_fork(loss_of, straight, name)
+        assert abs(loss - expected) <= 1e-4 * expected, (name, loss, expected)
     return "works"
 
 
-def loss_of_final(run, options):
-    """Return the loss of the validation rows under final/, loaded as a user would: with transformers and peft alone."""
+def loss_of(run, name):
+    """Return the loss of the validation rows under final/ or merged/, loaded as a user would: with transformers and peft alone."""
     import torch
     from peft import PeftModel
     from transformers import AutoTokenizer
@@ -113,13 +173,14 @@ def loss_of_final(run, options):
     from zerotune.quantization import quantization_config
 
     args = argparse.Namespace(**json.loads((run / "run.json").read_text())["arguments"])
-    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    adapter = args.peft and name == "final"
+    tokenizer = AutoTokenizer.from_pretrained(run / name)
     quantization = quantization_config(args, torch.float32, 0)
-    folder = args.model_name_or_path if args.peft else run / "final"
+    folder = args.model_name_or_path if adapter else run / name
     base = AUTO_CLASSES[args.task].from_pretrained(folder, quantization_config=quantization)
     if len(tokenizer) > base.get_input_embeddings().num_embeddings:
         base.resize_token_embeddings(len(tokenizer))
-    model = (PeftModel.from_pretrained(base, run / "final") if args.peft else base).eval()
+    model = (PeftModel.from_pretrained(base, run / name) if adapter else base).eval()
     rows = Data(args, tokenizer).rows["validation"][:]
     shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)
     batch = Collator(args.task, tokenizer.pad_token_id, None, 1, shift)(rows)
@@ -185,6 +246,11 @@ def main():
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
     args = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # threads do not outlive a fork
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
+
+    import train  # noqa: F401
     from zerotune.records import environment_facts, write_json
 
     facts = environment_facts()
@@ -202,7 +268,7 @@ def main():
                         shutil.rmtree(run, ignore_errors=True)
                         run.mkdir()
                         try:
-                            results["cells"][name] = check(strategy, models[model], rows, SAVERS[saver], run)
+                            results["cells"][name] = check(strategy, models[model], rows, SAVERS[saver], run, fork)
                         except AssertionError as error:
                             said = [line for line in str(error).splitlines() if "Error" in line and "ChildFailed" not in line]
                             results["cells"][name] = f"fails: {(said or [str(error)[-300:]])[0]}"

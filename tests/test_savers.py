@@ -12,6 +12,7 @@ from zerotune.arguments import Arguments, check_arguments
 from zerotune.deepspeed_config import check_config, read_deepspeed_config
 from zerotune.errors import UserError
 from zerotune.loss import CHUNKABLE, chunk_loss, forward_loss
+from zerotune.strategy import check_device
 
 VOCABULARY = 5000
 DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -161,6 +162,8 @@ def test_mistakes_are_found_before_training():
     assert "does not go with --peft prefix" in problems(peft="prefix", gradient_checkpointing=True)
     assert "--trainable_tokens and --peft trainable_tokens go together" in problems(peft="trainable_tokens")
     assert problems(peft="lora") == ""
+    device = "\n".join(check_device(Arguments(optim="paged_adamw_8bit", liger=True)))
+    assert "paged_adamw_8bit: pages a GPU's memory" in device and "--liger: its kernels are written in Triton" in device
     path = "ds_configs/zero2_offload.json"
     with pytest.raises(UserError, match="adamw_bnb_8bit: .*zero2_offload.json keeps optimizer states on cpu"):
         check_config(read_deepspeed_config(path), path, Arguments(optim="adamw_bnb_8bit"))

@@ -94,6 +94,7 @@ class LearningArguments:
     _argument_group_name = "learning"
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Arithmetic of forward and backward; no: float32.")
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass instead of keeping them.")
+    liger: bool = flag(False, "Triton kernels of liger-kernel for norms, rotary positions and gated layers; needs CUDA.")
     loss_chunks: int = flag(0, "Head and cross-entropy run over N pieces, recomputed: no logits of all tokens at once; 0: whole.")
     per_device_train_batch_size: int = flag(8, "Rows of one forward/backward on one process.")
     per_device_eval_batch_size: int = flag(8, "Rows of one evaluation batch on one process.")

@@ -221,6 +221,17 @@ def enable_gradient_checkpointing(model):
     model.disable_input_require_grads()
 
 
+def apply_liger(model):
+    """Exchange norms, rotary positions and gated layers for liger-kernel's; UserError for a family that it does not know."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # where liger itself would do nothing
+        raise UserError(f"--liger: liger-kernel has nothing for a {model.config.model_type} model; leave it out")
+    # Its cross-entropies stand in for a loss that transformers computes; this one is computed outside.
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
 def count_partitioned(model):
     """Return how many parameters already are ZeRO-3 shards: all of them if zero.Init worked while loading."""
     return sum(hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -5,6 +5,7 @@
 each launch.
 """
 
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -66,11 +67,22 @@ def check_device(args):
     """Return problems with a precision or an optimizer that this machine's devices do not have."""
     import torch
 
-    if args.mixed_precision == "fp16" and not has_cuda():
-        return ["--mixed_precision fp16: this machine's device is a CPU, which cannot train in fp16; use --mixed_precision bf16"]
-    if args.optim.startswith("paged") and not has_cuda():
-        return [f"--optim {args.optim}: pages a GPU's memory, and this machine's device is a CPU; use --optim adamw_bnb_8bit"]
-    if args.mixed_precision == "bf16" and has_cuda() and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if not has_cuda():
+        problems = []
+        if args.mixed_precision == "fp16":
+            problems.append(
+                "--mixed_precision fp16: this machine's device is a CPU, which cannot train in fp16; use --mixed_precision bf16"
+            )
+        if args.optim.startswith("paged"):
+            problems.append(
+                f"--optim {args.optim}: pages a GPU's memory, and this machine's device is a CPU; use --optim adamw_bnb_8bit"
+            )
+        if args.liger:
+            problems.append("--liger: its kernels are written in Triton for GPUs, and this machine's device is a CPU; leave it out")
+        return problems
+    if args.liger and importlib.util.find_spec("liger_kernel") is None:
+        return ["--liger: liger-kernel is not installed: pip install -r requirements-gpu.txt"]
+    if args.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return ["--mixed_precision bf16: this GPU has no bf16; use --mixed_precision fp16 (or no)"]
     return []
 
@@ -156,8 +168,8 @@ def check_launch(path, num_processes, flags):
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     args = parse_arguments(flags)
-    # torch takes seconds to import, and float32 runs everywhere.
-    problems = check_device(args) if args.mixed_precision != "no" or args.optim.startswith("paged") else []
+    # torch takes seconds to import, and the defaults run everywhere.
+    problems = check_device(args) if args.mixed_precision != "no" or args.optim.startswith("paged") or args.liger else []
     json_path = (content.get("deepspeed_config") or {}).get("deepspeed_config_file")
     if json_path:
         try:
