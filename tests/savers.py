@@ -127,6 +127,8 @@ def check(strategy, model, rows, options, folder, launch=launch):
         "learning_rate": 0.02, "lr_scheduler_type": "constant", "per_device_train_batch_size": 4 if strategy == "single" else 2,
         "gradient_accumulation_steps": 4, "max_steps": STEPS, "save_steps": SAVED, "logging_steps": 1, "max_target_length": 32,
     }  # fmt: skip
+    if config["model_type"] == "phi3" and options.get("peft", "prompt") not in ("prefix", "prompt", "trainable_tokens"):
+        options = {"target_modules": ["all-linear"], **options}  # peft has no choice of its own for it
     flags = flags_of(common | options)
     straight, again = folder / "straight", folder / "again"
     code, output = launch(strategy, straight, flags)

@@ -141,6 +141,7 @@ def test_rules_beside_an_adapter(inputs):
         ("t5", {"peft": "lora", "target_modules": ["qq", "v"]}, r"--target_modules qq: no module of T5For.*did you mean q"),
         ("llama", {"peft": "lora", "target_modules": ["q_pro"], "task": "causal"}, "did you mean q_proj"),
         ("llama", {"peft": "lora", "unfreeze": ["layers[9]"], "task": "causal"}, "outside the range"),
+        ("phi3", {"peft": "lora", "task": "causal"}, "peft has no choice of its own for a phi3 model; give names, or all-linear"),
         ("t5", {"peft": "trainable_tokens", "trainable_tokens": [" "]}, "--trainable_tokens ' ': is no token"),
     ]:
         with pytest.raises(UserError, match=message):

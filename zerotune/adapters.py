@@ -104,6 +104,11 @@ def add_adapter(model, args, tokenizer, dtype, max_steps):
             warnings.simplefilter("ignore")  # peft's advice is for its own commands
             model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     except (ValueError, TypeError, NotImplementedError) as error:
+        kind = model.config.model_type
+        if "target_modules" in str(error) and not args.target_modules:
+            raise UserError(
+                f"--target_modules: peft has no choice of its own for a {kind} model; give names, or all-linear"
+            ) from None
         raise UserError(f"--peft {args.peft}: {' '.join(str(error).split())[:300]}") from None
     for parameter in model.parameters():
         if parameter.requires_grad:
