@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/savers.py --out docs/savers.json     writes docs/savers.md beside it; goes on where it was stopped
 
-In the long form the ranks are forks of one process, without a launcher.
+The ranks are forks of one process, without a launcher: most of a launch is the libraries' start.
 
 tests/test_savers.py runs a few of them.
 """
@@ -14,7 +14,6 @@ import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -45,16 +44,8 @@ STRATEGIES = ("single", "ddp", "zero2", "zero3")
 STEPS, SAVED = 6, 3
 
 
-def launch(strategy, folder, flags):
-    """Run scripts/launch.sh with two processes where the strategy has several; return (exit code, output)."""
-    environment = {**os.environ, "STRATEGY": strategy, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
-    command = ["bash", str(ROOT / "scripts/launch.sh"), *flags, "--output_dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    return done.returncode, done.stdout + done.stderr
-
-
 def fork(strategy, folder, flags):
-    """Do what `launch` does with forks of this process, which has imported the libraries once; for hundreds of runs."""
+    """Run train.py in forks of this process, which has imported the libraries once; return (exit code, output)."""
     ranks, processes, log = (1 if strategy == "single" else 2), {}, folder.with_suffix(".log")
     with socket.socket() as free:
         free.bind(("", 0))
@@ -110,7 +101,7 @@ def records(folder, key):
     return [record[key] for record in lines if key in record]
 
 
-def check(strategy, model, rows, options, folder, launch=launch):
+def check(strategy, model, rows, options, folder):
     """Return "works" or "refused: why" for one place of the table; AssertionError for anything else.
 
     model: a folder with a tiny model; rows: a file, with validation.jsonl beside it; options: a saver's flags.
@@ -131,7 +122,7 @@ def check(strategy, model, rows, options, folder, launch=launch):
         options = {"target_modules": ["all-linear"], **options}  # peft has no choice of its own for it
     flags = flags_of(common | options)
     straight, again = folder / "straight", folder / "again"
-    code, output = launch(strategy, straight, flags)
+    code, output = fork(strategy, straight, flags)
     if code == 2:
         (line, *_) = [line for line in output.splitlines() if "error: " in line]
         assert "Traceback" not in output
@@ -147,7 +138,7 @@ def check(strategy, model, rows, options, folder, launch=launch):
     shutil.copytree(straight, again)
     shutil.rmtree(again / f"checkpoint-{STEPS}")
     shutil.rmtree(again / "final")
-    code, output = launch(strategy, again, flags)
+    code, output = fork(strategy, again, flags)
     assert code == 0, output[-4000:]
     assert json.loads((again / "run.json").read_text())["resumed_from"].endswith(f"checkpoint-{SAVED}")
     assert records(again, "loss") == losses
@@ -244,9 +235,8 @@ def write_table(results, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--savers", nargs="+", default=list(SAVERS))
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
+    everything = [f"{saver}/{strategy}/{model}" for saver in SAVERS for strategy in STRATEGIES for model in MODELS]
+    parser.add_argument("--only", nargs="+", metavar="SAVER/STRATEGY/MODEL", default=everything, choices=everything)
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # threads do not outlive a fork
     import deepspeed  # noqa: F401
@@ -261,22 +251,20 @@ def main():
     results["environment"] = f"{versions}; commit {facts['git_commit'][:12]}"
     with tempfile.TemporaryDirectory() as folder:
         models, rows = make_inputs(Path(folder))
-        for saver in args.savers:
-            for strategy in args.strategies:
-                for model in args.models:
-                    name = f"{saver}/{strategy}/{model}"
-                    if results["cells"].get(name, "fails").startswith("fails"):
-                        run = Path(folder) / "runs"
-                        shutil.rmtree(run, ignore_errors=True)
-                        run.mkdir()
-                        try:
-                            results["cells"][name] = check(strategy, models[model], rows, SAVERS[saver], run, fork)
-                        except AssertionError as error:
-                            said = [line for line in str(error).splitlines() if "Error" in line and "ChildFailed" not in line]
-                            results["cells"][name] = f"fails: {(said or [str(error)[-300:]])[0]}"
-                        print(f"{name}: {results['cells'][name]}", flush=True)
-                        write_json(args.out, results)
-                        write_table(results, args.out.with_suffix(".md"))
+        for name in args.only:
+            saver, strategy, model = name.split("/")
+            if results["cells"].get(name, "fails").startswith("fails"):
+                run = Path(folder) / "runs"
+                shutil.rmtree(run, ignore_errors=True)
+                run.mkdir()
+                try:
+                    results["cells"][name] = check(strategy, models[model], rows, SAVERS[saver], run)
+                except AssertionError as error:
+                    said = [line for line in str(error).splitlines() if "Error" in line]
+                    results["cells"][name] = f"fails: {(said or [str(error)[-300:]])[0]}"
+                print(f"{name}: {results['cells'][name]}", flush=True)
+                write_json(args.out, results)
+                write_table(results, args.out.with_suffix(".md"))
     return int(any(found.startswith("fails") for found in results["cells"].values()))
 
 
