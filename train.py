@@ -319,8 +319,10 @@ def main():
     if stop:
         console.say(f"stopped by signal {stop} after step {step}; the same command goes on from the newest checkpoint")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return 128 + stop if stop else 0
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    # It ends here, with everything alive: freeing a process group joins its threads, and one of them may wait for Python's lock.
+    finish(128 + stop if stop else 0)
 
 
 def fingerprint(args, strategy, config, data, max_steps, warmup_steps):
@@ -373,7 +375,7 @@ def write_predictions(path, rows):
 
 if __name__ == "__main__":
     try:
-        finish(main())
+        main()
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank > 0:
