@@ -122,7 +122,8 @@ def check(strategy, model, rows, options, folder):
         # 5 rows: with 2 ranks the last evaluation batch of one of them has no target at all.
         "per_device_eval_batch_size": 2, "predict_with_generate": "false",
         "learning_rate": 0.02, "lr_scheduler_type": "constant", "per_device_train_batch_size": 4 if strategy == "single" else 2,
-        "gradient_accumulation_steps": 4, "max_steps": STEPS, "save_steps": SAVED, "logging_steps": 1, "max_target_length": 32,
+        "gradient_accumulation_steps": 4, "max_steps": STEPS, "save_steps": SAVED, "eval_steps": 1, "logging_steps": 1,
+        "max_target_length": 32,
     }  # fmt: skip
     if config["model_type"] == "phi3" and options.get("peft", "prompt") not in ("prefix", "prompt", "trainable_tokens"):
         options = {"target_modules": ["all-linear"], **options}  # peft has no choice of its own for it
@@ -139,7 +140,9 @@ def check(strategy, model, rows, options, folder):
     if not options.get("quantize"):  # quantised weights are sharded later, when DeepSpeed takes the model over
         check_engine(engine | {"base_optimizer": "AdamW"}, strategy, None)
     losses = records(straight, "loss")
-    assert len(losses) == STEPS and sum(losses[-2:]) < sum(losses[:2]), losses
+    evaluated = records(straight, "eval_loss")  # without dropout, whose noise hides what a prompt on a small BART learns
+    assert len(losses) == len(evaluated) == STEPS
+    assert sum(losses[-2:]) < sum(losses[:2]) or evaluated[-1] < evaluated[0], (losses, evaluated)
 
     shutil.copytree(straight, again)
     shutil.rmtree(again / f"checkpoint-{STEPS}")
@@ -152,7 +155,7 @@ def check(strategy, model, rows, options, folder):
 
     files = {path.name for path in (straight / "final").iterdir()}
     assert ("adapter_model.safetensors" in files) == bool(options.get("peft")) != ("model.safetensors" in files), files
-    (expected,) = records(straight, "eval_loss")
+    expected = evaluated[-1]
     for name in ("final", "merged") if options.get("merge_adapter") else ("final",):
         loss = in_a_fork(loss_of, straight, name)
         assert abs(loss - expected) <= 1e-4 * expected, (name, loss, expected)
