@@ -28,9 +28,9 @@ SAVERS = {
     "dora": {"peft": "dora"},
     "rslora": {"peft": "rslora"},
     "adalora": {"peft": "adalora", "lora_r": 4, "learning_rate": 0.1},
-    "ia3": {"peft": "ia3", "learning_rate": 0.2},
+    "ia3": {"peft": "ia3", "learning_rate": 0.2, "eval_steps": 1},
     "prefix": {"peft": "prefix", "num_virtual_tokens": 4, "learning_rate": 1.0},
-    "prompt": {"peft": "prompt", "num_virtual_tokens": 4, "learning_rate": 5.0},
+    "prompt": {"peft": "prompt", "num_virtual_tokens": 4, "learning_rate": 5.0, "eval_steps": 1},
     "trainable_tokens": {"peft": "trainable_tokens", "trainable_tokens": [*(f"w{n}" for n in range(1, 20)), "<mine>"]},
     "lora, head learns": {"peft": "lora", "unfreeze": ["head"], "learning_rate": 0.005},
     "loss_chunks": {"loss_chunks": 3, "learning_rate": 0.005},
@@ -122,7 +122,7 @@ def check(strategy, model, rows, options, folder):
         # 5 rows: with 2 ranks the last evaluation batch of one of them has no target at all.
         "per_device_eval_batch_size": 2, "predict_with_generate": "false",
         "learning_rate": 0.02, "lr_scheduler_type": "constant", "per_device_train_batch_size": 4 if strategy == "single" else 2,
-        "gradient_accumulation_steps": 4, "max_steps": STEPS, "save_steps": SAVED, "eval_steps": 1, "logging_steps": 1,
+        "gradient_accumulation_steps": 4, "max_steps": STEPS, "save_steps": SAVED, "logging_steps": 1,
         "max_target_length": 32,
     }  # fmt: skip
     if config["model_type"] == "phi3" and options.get("peft", "prompt") not in ("prefix", "prompt", "trainable_tokens"):
@@ -141,7 +141,7 @@ def check(strategy, model, rows, options, folder):
         check_engine(engine | {"base_optimizer": "AdamW"}, strategy, None)
     losses = records(straight, "loss")
     evaluated = records(straight, "eval_loss")  # without dropout, whose noise hides what a prompt on a small BART learns
-    assert len(losses) == len(evaluated) == STEPS
+    assert len(losses) == STEPS
     assert sum(losses[-2:]) < sum(losses[:2]) or evaluated[-1] < evaluated[0], (losses, evaluated)
 
     shutil.copytree(straight, again)
