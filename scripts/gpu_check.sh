@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in under 9 minutes on one, without network: the tests marked gpu, the ZeRO benchmark at a size that fills
+# What only a GPU can show, within 9 minutes on one, without network: the tests marked gpu, the ZeRO benchmark at a size that fills
 # the chip, and the rows beside Hugging Face's Trainer; most important first. A part that fails or runs out of time is a line of
 # summary.md, and the others go on. Environment, with defaults:
 #   OUT=runs/gpu_check      results, written as they come; at most 8 files

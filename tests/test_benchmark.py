@@ -178,7 +178,7 @@ def test_the_peer_runs_beside(tmp_path, capsys, monkeypatch):
     assert ours["flops_per_real_token"] < 0.95 * theirs["flops_per_real_token"]  # rows of like length together
     assert ours["padding_fraction"] < theirs["padding_fraction"]
     ours, theirs = cells["equal", "zerotune", False], cells["equal", "trainer", False]
-    assert ours["flops_per_real_token"] == pytest.approx(theirs["flops_per_real_token"], rel=1e-3)  # the same rows
+    assert ours["flops_per_real_token"] == theirs["flops_per_real_token"]  # the same rows
     ours, theirs = cells["equal", "zerotune", True], cells["equal", "trainer", True]  # resident memory that follows the tensors
     assert ours["peak_host_memory_gib"] < 1.01 * theirs["peak_host_memory_gib"]
     for row in results["rows"]:

@@ -175,8 +175,9 @@ def test_mistakes_are_found_before_training():
     assert "does not go with --peft prefix" in problems(peft="prefix", gradient_checkpointing=True)
     assert "--trainable_tokens and --peft trainable_tokens go together" in problems(peft="trainable_tokens")
     assert problems(peft="lora") == ""
-    device = "\n".join(check_device(Arguments(optim="paged_adamw_8bit", liger=True)))
-    assert "paged_adamw_8bit: pages a GPU's memory" in device and "--liger: its kernels are written in Triton" in device
+    if not torch.cuda.is_available():
+        device = "\n".join(check_device(Arguments(optim="paged_adamw_8bit", liger=True)))
+        assert "paged_adamw_8bit: pages a GPU's memory" in device and "--liger: its kernels are written in Triton" in device
     path = "ds_configs/zero2_offload.json"
     with pytest.raises(UserError, match="adamw_bnb_8bit: .*zero2_offload.json keeps optimizer states on cpu"):
         check_config(read_deepspeed_config(path), path, Arguments(optim="adamw_bnb_8bit"))

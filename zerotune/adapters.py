@@ -30,13 +30,13 @@ def add_tokens(tokenizer, tokens):
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
 
 
-def check_targets(model, targets):
-    """Raise UserError for names that are no module of the model, with the nearest ones."""
+def check_targets(flag, model, targets):
+    """Raise UserError for names, given by the flag, that are no module of the model, with the nearest ones."""
     names = [name for name, _ in model.named_modules()]
     last = {name.rpartition(".")[2] for name in names}
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise UserError(f"--target_modules {target}: no module of {type(model).__name__}{nearest(target, last)}")
+            raise UserError(f"{flag} {target}: no module of {type(model).__name__}{nearest(target, last)}")
 
 
 def whole_modules(model, freeze, unfreeze):
@@ -91,8 +91,8 @@ def add_adapter(model, args, tokenizer, dtype, max_steps):
     import peft
 
     if args.target_modules != ["all-linear"]:
-        check_targets(model, args.target_modules)
-    check_targets(model, args.modules_to_save)
+        check_targets("--target_modules", model, args.target_modules)
+    check_targets("--modules_to_save", model, args.modules_to_save)
     token_ids = add_tokens(tokenizer, args.trainable_tokens)
     if token_ids and max(token_ids) >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(max(token_ids) + 1)

@@ -96,7 +96,7 @@ def cell_facts(cell, folder, code, log, warmup_steps, measured_steps):
     unprofiled = training[: warmup_steps + measured_steps]  # tracing takes time and memory
     measured = unprofiled[warmup_steps:]
     seconds = sum(record["step_seconds"] for record in measured)
-    real = sum(record["tokens_per_second"] * record["step_seconds"] for record in measured)
+    real = sum(record["real_tokens"] for record in measured)
     processes = run["engine"]["num_processes"]
     facts |= {
         "num_processes": processes,

@@ -75,9 +75,10 @@ class Recorder(TrainerCallback):
             "step": state.global_step,
             "loss": logs["loss"],
             "grad_norm": logs.get("grad_norm"),
+            "real_tokens": real,
             "tokens_per_second": round(real / (now - self.begin), 1),
             "padding_fraction": round(1 - real / padded, 4),
-            "step_seconds": round(now - self.begin, 4),
+            "step_seconds": round(now - self.begin, 6),
             **records.peak_memory(),
             "shape_terms": [sum(count[2][place] for count in counts) for place in range(len(TERMS))],
         }

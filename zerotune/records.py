@@ -221,9 +221,10 @@ class Window:
             "learning_rate": learning_rate,
             "grad_norm": float(grad_norm),
             "target_tokens": int(targets),
+            "real_tokens": int(real),
             "tokens_per_second": round(real / seconds, 1),
             "padding_fraction": round(1 - real / padded, 4),
-            "step_seconds": round(seconds / max(1, self.steps), 4),
+            "step_seconds": round(seconds / max(1, self.steps), 6),
             **dict(zip(memory, ranks[:, -len(memory) :].max(0).values.tolist(), strict=True)),
             **more,
         }
