@@ -1,4 +1,4 @@
-"""Every cut of the same 16 rows (micro-batch x accumulation x processes x ZeRO stage x checkpointing) is the same training.
+"""Every cut of the same 16 rows (micro-batch x accumulation x processes x ZeRO stage x pieces of the loss) is the same training.
 
 The judge is a plain PyTorch loop over the whole batch, written here with nothing from zerotune/. Losses must agree to 1e-5. For the
 final weights the bound is measured, not guessed: the reference is run once more with its rows reversed and its sums cut in two,
@@ -118,31 +118,31 @@ def references(tiny, rows16):
     return get
 
 
-# (family, strategy, processes, micro-batch, accumulation, gradient checkpointing): pairs, not the full product.
+# (family, strategy, processes, micro-batch, accumulation, gradient checkpointing, pieces of the loss): pairs, not the full product.
 CASES = [
-    ("t5", None, 1, 16, 1, False),
-    ("t5", None, 1, 4, 4, True),
-    ("t5", "single", 1, 1, 16, False),
-    ("t5", "ddp", 2, 2, 4, False),
-    ("t5", "zero1", 2, 2, 4, True),
-    ("t5", "zero2", 2, 4, 2, False),
-    ("t5", "zero2_offload", 2, 8, 1, False),
-    ("t5", "zero3", 2, 4, 2, True),
-    ("t5", "zero3_offload", 2, 1, 8, False),
-    ("t5", "zero3_nvme", 2, 4, 2, False),
-    ("bart", None, 1, 4, 4, False),
-    ("bart", "cpu", 2, 4, 2, True),
-    ("bart", "zero2", 2, 1, 8, True),
-    ("bart", "zero3", 2, 8, 1, False),
-    ("llama", None, 1, 1, 16, True),
-    ("llama", "zero1", 2, 8, 1, False),
-    ("llama", "zero3", 2, 2, 4, True),
+    ("t5", None, 1, 16, 1, False, 0),
+    ("t5", None, 1, 4, 4, True, 0),
+    ("t5", "single", 1, 1, 16, False, 0),
+    ("t5", "ddp", 2, 2, 4, False, 5),
+    ("t5", "zero1", 2, 2, 4, True, 0),
+    ("t5", "zero2", 2, 4, 2, False, 0),
+    ("t5", "zero2_offload", 2, 8, 1, False, 0),
+    ("t5", "zero3", 2, 4, 2, True, 3),
+    ("t5", "zero3_offload", 2, 1, 8, False, 0),
+    ("t5", "zero3_nvme", 2, 4, 2, False, 0),
+    ("bart", None, 1, 4, 4, False, 0),
+    ("bart", "cpu", 2, 4, 2, True, 0),
+    ("bart", "zero2", 2, 1, 8, True, 2),
+    ("bart", "zero3", 2, 8, 1, False, 0),
+    ("llama", None, 1, 1, 16, True, 4),
+    ("llama", "zero1", 2, 8, 1, False, 0),
+    ("llama", "zero3", 2, 2, 4, True, 3),
 ]
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("family, strategy, processes, micro, accumulation, checkpointing", CASES)
-def test_trajectory(train, tiny, rows16, references, family, strategy, processes, micro, accumulation, checkpointing):
+@pytest.mark.parametrize("family, strategy, processes, micro, accumulation, checkpointing, chunks", CASES)
+def test_trajectory(train, tiny, rows16, references, family, strategy, processes, micro, accumulation, checkpointing, chunks):
     losses, weights, bound = references(family)
     result = train(
         strategy,
@@ -154,6 +154,7 @@ def test_trajectory(train, tiny, rows16, references, family, strategy, processes
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         gradient_checkpointing=checkpointing,
+        loss_chunks=chunks,
         **FLAGS,
     )
     records = result.records("loss")

@@ -1,6 +1,7 @@
 """Memory savers: adapters, quantised bases, the loss in pieces, small optimizers; tests/savers.py is the long form."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from conftest import ROOT
 from savers import make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from zerotune.adapters import add_adapter
@@ -51,7 +53,7 @@ def small_batch(model):
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most elements of any tensor that an operator returned."""
+    """Remembers the most elements of any tensor that an operator made; views of others do not count."""
 
     def __init__(self):
         super().__init__()
@@ -59,27 +61,29 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))])
+        if not function.is_view:
+            self.elements = max([self.elements, *(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))])
         return result
 
 
 def loss_and_gradients(model, batch, labels, chunked):
     model.zero_grad()
-    with Largest() as largest:
+    with Largest() as largest, FlopCounterMode(display=False) as counter:
         loss_sum = forward_loss(model, batch, labels, chunked)
         loss_sum.backward()
-    return loss_sum.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None], largest.elements
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return loss_sum.item(), gradients, largest.elements, counter.get_total_flops()
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_loss_in_pieces_is_the_loss(name):
     model = small_model(name)
     batch, labels = small_batch(model)
-    plain, expected, whole = loss_and_gradients(model, batch, labels, False)
+    plain, expected, whole, flops = loss_and_gradients(model, batch, labels, False)
     logits = model(**batch).logits
     chunk_loss(model, 8)
-    chunked, gradients, largest = loss_and_gradients(model, batch, labels, True)
-    assert chunked == pytest.approx(plain, rel=1e-5)
+    chunked, gradients, largest, chunked_flops = loss_and_gradients(model, batch, labels, True)
+    assert chunked == pytest.approx(plain, rel=1e-5) and chunked_flops == flops > 0  # nothing is computed twice
     assert len(gradients) == len(expected) > 5
     rounding = 1e-7 * torch.stack([gradient.norm() for gradient in expected]).norm()  # a key's bias has no gradient but rounding
     for mine, other in zip(gradients, expected, strict=True):
@@ -87,8 +91,11 @@ def test_the_loss_in_pieces_is_the_loss(name):
     weights = VOCABULARY * 32  # the embeddings' gradient is there either way
     assert whole >= 36 * VOCABULARY > weights and largest == weights
     assert torch.equal(model(**batch).logits, logits)  # without labels it is the model that it was
-    none, gradients, _ = loss_and_gradients(model, batch, torch.full_like(labels, -100), True)
+    none, gradients, *_ = loss_and_gradients(model, batch, torch.full_like(labels, -100), True)
     assert none == 0 and len(gradients) == len(expected) and not any(gradient.any() for gradient in gradients)
+    with torch.no_grad(), Largest() as evaluating:
+        assert forward_loss(model, batch, labels, chunked=True).item() == pytest.approx(plain, rel=1e-5)
+    assert evaluating.elements == math.ceil(36 / 8) * VOCABULARY
     ids = model.generate(input_ids=batch["input_ids"], max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert ids.shape[1] >= 4
     assert {name.split()[0] for name in SMALL} == CHUNKABLE

@@ -95,7 +95,7 @@ class LearningArguments:
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Arithmetic of forward and backward; no: float32.")
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass instead of keeping them.")
     liger: bool = flag(False, "Triton kernels of liger-kernel for norms, rotary positions and gated layers; needs CUDA.")
-    loss_chunks: int = flag(0, "Head and cross-entropy run over N pieces, recomputed: no logits of all tokens at once; 0: whole.")
+    loss_chunks: int = flag(0, "Head and cross-entropy run over N pieces: no logits of all tokens at once; 0: whole.")
     per_device_train_batch_size: int = flag(8, "Rows of one forward/backward on one process.")
     per_device_eval_batch_size: int = flag(8, "Rows of one evaluation batch on one process.")
     gradient_accumulation_steps: int = flag(1, "Forward/backward passes per optimizer step.")
@@ -117,7 +117,7 @@ class LearningArguments:
 class RunArguments:
     _argument_group_name = "run"
     output_dir: str | None = flag(None, "Folder of run.json, metrics.jsonl, checkpoint-<step>/ and final/. Required.")
-    profile_steps: int = flag(0, "Time the phases of the last N steps, and trace and count memory in the very last; 0: none.")
+    profile_steps: int = flag(0, "Time the phases of the last N steps but one, trace and count memory in the very last; 0: none.")
     logging_steps: int = flag(10, "Optimizer steps between training records.")
     eval_steps: int = flag(0, "Optimizer steps between evaluations; 0: at the end only.")
     save_steps: int = flag(500, "Optimizer steps between checkpoints, and one at the end; 0: none.")

@@ -105,7 +105,7 @@ def wrong_shapes(matrix):
         lines.append("batches: must be a list of {flag: value}")
     if not isinstance(matrix["strategies"], list):
         lines.append("strategies: must be a list of names")
-    for key, least in (("repeats", 1), ("measured_steps", 1), ("warmup_steps", 0), ("profile_steps", 1)):
+    for key, least in (("repeats", 1), ("measured_steps", 1), ("warmup_steps", 0), ("profile_steps", 2)):
         if not isinstance(matrix[key], int) or matrix[key] < least:
             lines.append(f"{key} {matrix[key]!r}: must be a whole number, at least {least}")
     return lines

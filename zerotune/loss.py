@@ -8,7 +8,6 @@ import inspect
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from zerotune.errors import UserError
 
@@ -47,10 +46,11 @@ def token_loss_sum(logits, labels):
 def chunk_loss(model, num_chunks):
     """Give a language model, before it is wrapped for training, a forward that returns {"loss_sum"} when called with loss_labels.
 
-    Its head and the cross-entropy then run over num_chunks pieces of the positions, each recomputed in the backward pass: the
-    largest tensor is (positions / num_chunks, vocabulary). The number of pieces does not depend on the rows, not even where a
-    rank has no target at all: under ZeRO-3 each piece gathers the head's weights, a collective. Without loss_labels the model
-    is as it was. Raises UserError for a family whose logits are more than the head's output in a way that is not known here.
+    Its head and the cross-entropy then run over num_chunks pieces of the positions: the largest tensor is (positions / num_chunks,
+    vocabulary), and nothing is computed twice. Without loss_labels the model is as it was. However few targets a rank has, the
+    head is called once: under ZeRO-3 the call gathers its weights, a collective.
+
+    Raises UserError for a head that is no plain linear layer, and for a family whose logits may be more than the head's output.
     """
     config = model.config.get_text_config()
     if config.model_type not in CHUNKABLE:
@@ -58,23 +58,31 @@ def chunk_loss(model, num_chunks):
             f"--loss_chunks: not known to be exact for a {config.model_type} model; it is for {', '.join(sorted(CHUNKABLE))}"
         )
     head = model.get_output_embeddings()
-    model_forward, head_forward = model.forward, head.forward
+    if hasattr(head, "modules_to_save"):  # peft's copy of it, which learns as a whole
+        head = head.modules_to_save["default"]
+    if type(head) is not torch.nn.Linear:
+        raise UserError(
+            f"--loss_chunks: the head is a {type(head).__name__}, and it is for a plain linear layer; leave the head out of the "
+            "adapter's targets, or leave out --loss_chunks"
+        )
     bias, cap = getattr(model, "final_logits_bias", None), getattr(config, "final_logit_softcapping", None)
+    model_forward, head_forward = model.forward, head.forward
     hidden_states = None  # a list while the model runs for its hidden states alone
 
-    def head_or_nothing(hidden):
-        if hidden_states is None:
-            return head_forward(hidden)
-        hidden_states.append(hidden)  # exactly what the head would get: T5 has scaled it by now
-        return hidden.new_empty(0, 1)
-
-    def piece(hidden, labels):
-        logits = head(hidden)
+    def loss_sum_of(logits, labels):
         if bias is not None:  # BART
             logits = logits + bias
         if cap is not None:  # Gemma 2
             logits = torch.tanh(logits / cap) * cap
         return token_loss_sum(logits, labels)
+
+    def headless(hidden, labels=None):
+        if labels is not None:
+            return LossInPieces.apply(loss_sum_of, num_chunks, torch.is_grad_enabled(), labels, hidden, head.weight, head.bias)
+        if hidden_states is None:
+            return head_forward(hidden)
+        hidden_states.append(hidden)  # exactly what the head would get: T5 has scaled it by now
+        return hidden.new_empty(0, 1)
 
     def forward(*args, loss_labels=None, **kwargs):
         nonlocal hidden_states
@@ -87,9 +95,52 @@ def chunk_loss(model, num_chunks):
         finally:
             hidden_states = None
         hidden = hidden[:, -loss_labels.shape[1] :].flatten(0, 1)
-        pieces = zip(hidden.tensor_split(num_chunks), loss_labels.flatten().tensor_split(num_chunks), strict=True)
-        sums = [checkpoint(piece, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pieces]
-        return {"loss_sum": torch.stack(sums).sum()}
+        return {"loss_sum": head(hidden, loss_labels.flatten())}
 
     forward.__signature__ = inspect.signature(model_forward)  # generate() reads which inputs there are
-    model.forward, head.forward = forward, head_or_nothing
+    model.forward, head.forward = forward, headless
+
+
+class LossInPieces(torch.autograd.Function):
+    """The summed loss of a linear head, whose gradients are taken piece by piece while the logits of the piece are there.
+
+    The loss is the end of the graph, so its gradient is a mere factor, which backward multiplies in (as in Hsu et al. 2024,
+    Liger Kernel): the head's products are done once, where checkpointing would repeat them.
+    """
+
+    @staticmethod
+    def forward(ctx, loss_sum_of, num_chunks, learning, labels, hidden, weight, bias):
+        """loss_sum_of: (logits, labels) -> scalar; labels: (positions,); hidden: (positions, width); weight, bias: the head's."""
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        ctx.dtypes = [t if t is None else t.dtype for t in (hidden, weight, bias)]
+        need_hidden, need_weight, need_bias = needs = [learning and need for need in ctx.needs_input_grad[4:]]
+        product = weight.to(dtype)  # once, where autocast would convert it for each piece
+        grad_hidden = torch.empty_like(hidden, dtype=dtype) if need_hidden else None
+        grad_weight = torch.zeros_like(product) if need_weight else None
+        grad_bias = torch.zeros_like(bias) if need_bias else None
+        total, start = torch.zeros((), device=hidden.device), 0
+        for rows, targets in zip(hidden.tensor_split(num_chunks), labels.tensor_split(num_chunks), strict=True):
+            rows, place = rows.to(dtype), slice(start, start := start + len(rows))
+            logits = F.linear(rows, product, bias if bias is None else bias.to(dtype))
+            if not any(needs):
+                total += loss_sum_of(logits, targets)
+                continue
+            with torch.enable_grad():
+                loss_sum = loss_sum_of(logits.requires_grad_(), targets)
+                (grad,) = torch.autograd.grad(loss_sum, logits)
+            total += loss_sum.detach()
+            if need_hidden:
+                torch.mm(grad, product, out=grad_hidden[place])
+            if need_weight:
+                torch.addmm(grad_weight, grad.t(), rows, out=grad_weight)
+            if need_bias:
+                grad_bias += grad.sum(0)
+        ctx.gradients = [grad_hidden, grad_weight, grad_bias]
+        return total
+
+    @staticmethod
+    def backward(ctx, factor):
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [None if g is None else g.to(dtype).mul_(factor) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return None, None, None, None, *scaled

@@ -75,8 +75,8 @@ class Profile:
         self.trace.stop()
         wait = exposed_seconds(self.trace.events())
         self.trace = None
-        steps = max(1, self.last_step - self.first_step)
-        times = {f"{phase}_seconds": round(self.seconds[phase] / steps, 6) for phase in PHASES}
+        timed = self.last_step - self.first_step
+        times = {f"{phase}_seconds": round(self.seconds[phase] / timed, 6) for phase in PHASES if timed}
         return {"step": step, **times, "wait_seconds": round(wait, 6), "memory_gib": self.report}
 
 
@@ -85,8 +85,9 @@ def exposed_seconds(events):
     # Annotated ranges (an optimizer's step) span idle gaps; copies within the device compute as far as waiting goes.
     on_device = [e for e in events if e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False)]
     if on_device:
-        transfers = [event for event in on_device if TRANSFER.search(event.name)]
-        compute = [event for event in on_device if event not in transfers]
+        transfers, compute = [], []
+        for event in on_device:
+            (transfers if TRANSFER.search(event.name) else compute).append(event)
     else:
         transfers = [event for event in events if event.name.startswith(("gloo:", "nccl:"))]
         compute = [event for event in events if event.name.startswith("aten::")]
