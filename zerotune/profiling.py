@@ -113,7 +113,7 @@ def length(intervals):
 
 
 def tensors_in(value, depth=4):
-    """Yield the tensors in a nest of dicts, lists and the attributes of other objects."""
+    """Yield the tensors in a nest of dicts and lists."""
     if isinstance(value, torch.Tensor):
         yield value
     elif depth and isinstance(value, dict):
@@ -124,6 +124,12 @@ def tensors_in(value, depth=4):
             yield from tensors_in(item, depth - 1)
 
 
+def quantisation_state(parameter):
+    """Return what bitsandbytes keeps beside the codes of a quantised weight: scales, doubly quantised ones with theirs."""
+    state = getattr(parameter, "quant_state", None)
+    return [getattr(parameter, "SCB", None), *(vars(s) for s in (state, getattr(state, "state2", None)) if s is not None)]
+
+
 def memory_gib(model, optimizer):
     """Return {"device": ..., "host": ...} with GiB of weights, gradients and optimizer states on this rank, each storage once.
 
@@ -131,7 +137,8 @@ def memory_gib(model, optimizer):
     """
     parameters = [*model.parameters(), *model.buffers()]
     shards = [shard for p in parameters if (shard := getattr(p, "ds_tensor", None)) is not None]
-    groups = {"weights": [*parameters, *shards], "gradients": [p.grad for p in parameters if p.grad is not None], "optimizer": []}
+    scales = tensors_in([quantisation_state(p) for p in parameters])
+    groups = {"weights": [*parameters, *shards, *scales], "gradients": [p.grad for p in parameters if p.grad is not None], "optimizer": []}
     outer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     for owner in {id(o): o for o in (outer, getattr(outer, "optimizer", outer))}.values():
         for name, value in vars(owner).items():

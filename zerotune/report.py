@@ -257,10 +257,11 @@ def draw(results, out):
 
     figure, axes = start(5.5)
     points = sorted((memory_of(row)[1], row["tokens_per_second"]["median"], names[id(row)]) for row in good)
-    front, best = [], 0
+    front, best = [(points[0][0], 0)], 0
     for memory, speed, _ in points:
         if speed > best:
             front, best = [*front, (memory, speed)], speed
+    front.append((points[-1][0], best))
     axes.step(*zip(*front, strict=True), where="post", color="#bbbbbb", zorder=1)
     colours = dict(zip(sorted({row["set"] for row in good}), plt.cm.tab10.colors * 4, strict=False))
     for row in good:
@@ -268,7 +269,7 @@ def draw(results, out):
     label_points(axes, points)
     axes.set_xlabel(f"peak {kind} memory of a process, GiB")
     axes.set_ylabel("real tokens/s of all processes, median")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * best)
     axes.margins(x=0.18)
     axes.set_title(f"{title}: nothing above and left of the line" if title else "nothing above and left of the line")
     figure.savefig(out / "pareto.png", dpi=110)
