@@ -126,7 +126,7 @@ def main():
     host_memory_before_model = records.peak_memory()["peak_host_memory_gib"]
     precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
     dtype = precision if deepspeed_plugin else torch.float32  # DeepSpeed keeps float32 masters of its own
-    quantization = quantization_config(args, precision, strategy.zero_stage)
+    quantization = quantization_config(args, config.model_type, precision, strategy.zero_stage)
     model, new_weights = load_model(args, config, tokenizer, data.labels, dtype, quantization)
     if new_weights:
         console.say(f"model: weights that the checkpoint does not have start new: {', '.join(new_weights)}")
@@ -142,7 +142,8 @@ def main():
     if args.loss_chunks:
         chunk_loss(model.get_base_model() if args.peft else model, args.loss_chunks)
     console.say("\n".join(f"freezing: {line}" for line in freeze_report.lines()))
-    if never := [name for name, parameter in model.named_parameters() if name in new_weights and not parameter.requires_grad]:
+    frozen = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if not p.requires_grad}
+    if never := sorted(frozen & set(new_weights)):
         console.say(f"warning: these weights start new and are frozen, so they stay random: {', '.join(never)}")
 
     # ---- optimizer, prepare ----------------------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def fingerprint(args, strategy, config, data, max_steps, warmup_steps):
     facts = {f"--{name}": getattr(args, name) for name in names.split()}
     model = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
     facts |= {"model configuration": records.sha256_of(model), "warm-up steps": warmup_steps}
-    if args.lr_scheduler_type != "constant":
+    if args.lr_scheduler_type != "constant" or args.peft == "adalora":
         facts["steps of the schedule"] = max_steps  # a constant rate can be kept up for longer
     facts |= {"training rows": f"{data.digests['train']}, {len(data.rows['train'])} rows", "labels": data.labels}
     return facts | {"strategy": strategy.summary, "processes": strategy.num_processes}

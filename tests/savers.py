@@ -41,8 +41,10 @@ SAVERS = {
         "peft": "lora",
         "target_modules": ["all-linear"],
         "learning_rate": 0.005,
+        "eval_steps": 1,
     },
     "int8, lora": {"quantize": "int8", "peft": "lora", "target_modules": ["all-linear"], "learning_rate": 0.005},
+    "nf4, head learns": {"quantize": "nf4", "unfreeze": ["head"], "learning_rate": 0.005, "eval_steps": 1},
     "adamw_bnb_8bit": {"optim": "adamw_bnb_8bit", "learning_rate": 0.005},
 }
 MODELS = ("t5", "bart", "gpt2", "llama", "phi3")
@@ -177,7 +179,7 @@ def loss_of(run, name):
     args = argparse.Namespace(**json.loads((run / "run.json").read_text())["arguments"])
     adapter = args.peft and name == "final"
     tokenizer = AutoTokenizer.from_pretrained(run / name)
-    quantization = quantization_config(args, torch.float32, 0)
+    quantization = quantization_config(args, None, torch.float32, 0)
     folder = args.model_name_or_path if adapter else run / name
     base = AUTO_CLASSES[args.task].from_pretrained(folder, quantization_config=quantization)
     if len(tokenizer) > base.get_input_embeddings().num_embeddings:

@@ -8,17 +8,24 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from peft import PeftModel
+from safetensors.torch import load_file
 from savers import make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from zerotune.adapters import add_adapter
 from zerotune.arguments import Arguments, check_arguments
 from zerotune.deepspeed_config import check_config, read_deepspeed_config
 from zerotune.errors import UserError
+from zerotune.freezing import apply_rules, is_quantised, num_elements
 from zerotune.loss import CHUNKABLE, chunk_loss, forward_loss
+from zerotune.model import load_model
+from zerotune.optimizer import build_optimizer
+from zerotune.profiling import memory_gib
+from zerotune.quantization import quantization_config
 from zerotune.strategy import check_device
 
 VOCABULARY = 5000
@@ -96,6 +103,12 @@ def test_the_loss_in_pieces_is_the_loss(name):
     with torch.no_grad(), Largest() as evaluating:
         assert forward_loss(model, batch, labels, chunked=True).item() == pytest.approx(plain, rel=1e-5)
     assert evaluating.elements == math.ceil(36 / 8) * VOCABULARY
+    with torch.autocast("cpu", torch.bfloat16):
+        halved, gradients, *_ = loss_and_gradients(model, batch, labels, True)
+    assert halved == pytest.approx(plain, rel=1e-2) and {gradient.dtype for gradient in gradients} == {torch.float32}
+    assert all(
+        (mine - other).norm() <= 0.1 * other.norm() + 1e5 * rounding for mine, other in zip(gradients, expected, strict=True)
+    )
     ids = model.generate(input_ids=batch["input_ids"], max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert ids.shape[1] >= 4
     assert {name.split()[0] for name in SMALL} == CHUNKABLE
@@ -142,6 +155,46 @@ def test_savers_train_resume_and_load(tmp_path):
     assert table.count("works") == len(PLACES) + 1 and "refused (1)" in table  # and in its title
 
 
+def bytes_of(folder, **flags):
+    """Return {weights, gradients, optimizer: bytes} after a step, and the numbers of all, trainable and quantised parameters."""
+    args = Arguments(model_name_or_path=str(folder), task="causal", **flags)
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, _ = load_model(args, config, tokenizer, None, torch.float32, quantization_config(args, "llama", torch.float32, 0))
+    if args.peft:
+        model, report = add_adapter(model, args, tokenizer, torch.float32, 10)
+    else:
+        report = apply_rules(model, args.freeze, args.unfreeze)
+    optimizer = build_optimizer(model, optim=args.optim, learning_rate=1e-3, weight_decay=0.0, on_host=False)
+    model(input_ids=torch.randint(5, 50, (2, 8))).logits.sum().backward()
+    optimizer.step()
+    quantised = sum(num_elements(p) for p in model.parameters() if is_quantised(p))
+    sizes = {what: gib * 2**30 for what, gib in memory_gib(model, optimizer)["host"].items()}
+    return sizes, report.num_total, report.num_trainable, quantised
+
+
+# Bytes of a quantised weight: its code, and a scale for 64 (int8: for each row, here of 64 or more).
+SMALLER = [
+    ({}, 0),
+    ({"optim": "adamw_bnb_8bit"}, 0),
+    ({"freeze": ["backbone"]}, 0),
+    ({"peft": "lora"}, 0),
+    ({"peft": "lora", "unfreeze": ["head"]}, 0),
+    ({"peft": "lora", "quantize": "nf4"}, 0.5 + 4 / 64),
+    ({"quantize": "nf4", "unfreeze": ["head"]}, 0.5 + 4 / 64),
+    ({"peft": "lora", "quantize": "int8"}, 1 + 4 / 64),
+]
+
+
+@pytest.mark.parametrize("flags, code_bytes", SMALLER, ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
+def test_bytes_of_weights_gradients_and_states(inputs, flags, code_bytes):
+    sizes, total, trainable, quantised = bytes_of(inputs[0]["llama"], **flags)
+    assert (quantised > 0.5 * total) == bool(code_bytes) and (trainable < total / 2) == bool(flags.keys() - {"optim"})
+    assert sizes["weights"] == pytest.approx(4 * (total - quantised) + code_bytes * quantised, rel=0.03)
+    assert sizes["gradients"] == pytest.approx(4 * trainable, rel=0.01, abs=1024)
+    state_bytes = 2 + 2 * 4 / 256 if flags.get("optim") else 8  # two codes, and two scales for 256
+    assert sizes["optimizer"] == pytest.approx(state_bytes * trainable, rel=0.03, abs=1024)
+
+
 def wrap(folder, **flags):
     args = Arguments(model_name_or_path=str(folder), **flags)
     auto = AutoModelForSeq2SeqLM if args.task == "seq2seq" else AutoModelForCausalLM
@@ -160,11 +213,33 @@ def test_rules_beside_an_adapter(inputs):
         ("t5", {"peft": "lora", "target_modules": ["qq", "v"]}, r"--target_modules qq: no module of T5For.*did you mean q"),
         ("llama", {"peft": "lora", "target_modules": ["q_pro"], "task": "causal"}, "did you mean q_proj"),
         ("llama", {"peft": "lora", "unfreeze": ["layers[9]"], "task": "causal"}, "outside the range"),
+        (
+            "llama",
+            {"peft": "lora", "modules_to_save": ["lm_hed"], "task": "causal"},
+            "--modules_to_save lm_hed: .*did you mean lm_head",
+        ),
         ("phi3", {"peft": "lora", "task": "causal"}, "peft has no choice of its own for a phi3 model; give names, or all-linear"),
         ("t5", {"peft": "trainable_tokens", "trainable_tokens": [" "]}, "--trainable_tokens ' ': is no token"),
     ]:
         with pytest.raises(UserError, match=message):
             wrap(models[family], **flags)
+
+
+@pytest.mark.launch
+def test_a_classifiers_head_learns_beside_an_adapter(train, tiny, rows16):
+    """peft knows the heads of some families alone; BART's is none of them. final/ and merged/ answer alike."""
+    result = train(
+        None, model_name_or_path=tiny("bart"), task="classification", text_column="source", train_file=rows16, max_steps=2,
+        peft="lora", merge_adapter=True, learning_rate=0.1,
+    )  # fmt: skip
+    head = {name: tensor for name, tensor in load_file(result.folder / "final/adapter_model.safetensors").items() if "head" in name}
+    merged = AutoModelForSequenceClassification.from_pretrained(result.folder / "merged").eval()
+    assert len(head) == 4 and merged.config.num_labels == 3
+    base = AutoModelForSequenceClassification.from_pretrained(tiny("bart"), num_labels=3)
+    adapted = PeftModel.from_pretrained(base, result.folder / "final").eval()
+    ids = torch.tensor([[5, 6, 7, 1]])
+    with torch.no_grad():
+        assert torch.allclose(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, atol=1e-5)
 
 
 def test_mistakes_are_found_before_training():
@@ -175,16 +250,22 @@ def test_mistakes_are_found_before_training():
     assert "--lora_dropout 1.5: must be at least 0 and below 1" in problems(peft="lora", lora_dropout=1.5)
     assert "--target_modules: is for adapters; give --peft" in problems(target_modules=["q"])
     assert "--quantize: quantised weights cannot learn; give an adapter" in problems(quantize="nf4")
+    assert problems(quantize="nf4", unfreeze=["head"]) == ""
     assert "--double_quant: is for --quantize nf4 and fp4 (given: int8)" in problems(
         quantize="int8", double_quant=True, peft="lora"
     )
     assert "--merge_adapter: --peft prefix cannot be merged" in problems(peft="prefix", merge_adapter=True)
     assert "does not go with --peft prefix" in problems(peft="prefix", gradient_checkpointing=True)
     assert "--trainable_tokens and --peft trainable_tokens go together" in problems(peft="trainable_tokens")
+    assert "--peft trainable_tokens: nothing learns beside" in problems(peft="trainable_tokens", unfreeze=["head"])
+    assert "--peft adalora: in fp16" in problems(peft="adalora", mixed_precision="fp16")
     assert problems(peft="lora") == ""
     if not torch.cuda.is_available():
         device = "\n".join(check_device(Arguments(optim="paged_adamw_8bit", liger=True)))
         assert "paged_adamw_8bit: pages a GPU's memory" in device and "--liger: its kernels are written in Triton" in device
+    for kind, bits in (("longt5", "nf4"), ("switch_transformers", "fp4"), ("prophetnet", "int8")):
+        with pytest.raises(UserError, match=f"--quantize {bits}: not for a {kind} model: .*; use --quantize "):
+            quantization_config(Arguments(quantize=bits), kind, torch.float32, 0)
     path = "ds_configs/zero2_offload.json"
     with pytest.raises(UserError, match="adamw_bnb_8bit: .*zero2_offload.json keeps optimizer states on cpu"):
         check_config(read_deepspeed_config(path), path, Arguments(optim="adamw_bnb_8bit"))

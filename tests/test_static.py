@@ -68,6 +68,36 @@ def test_the_readmes_tables_are_the_committed_results():
         assert f"{line} |" in readme
 
 
+def saver_lines(results):
+    """Return the README's lines for benchmarks/savers.yaml: the fastest first, memory of tensors in MB, peak in GiB."""
+    rows = sorted(results["rows"], key=lambda row: -(row["speed_ratio"] or {"median": 1})["median"])
+    lines = []
+    for row in rows:
+        words = [
+            f"--{name}" + ("" if value is True else f" {value}") for name, value in results["matrix"]["sets"][row["set"]].items()
+        ]
+        ratio, tensors = row["speed_ratio"], row["memory_gib"]["host"]
+        speed = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else "1"
+        sizes = " | ".join(f"{tensors[kind] * 2**30 / 1e6:,.1f}" for kind in ("weights", "gradients", "optimizer"))
+        shown = f"`{' '.join(words)}`" if words else "none"
+        lines.append(f"| {shown} | {speed} | {sizes} | {row['peak_host_memory_gib']:.2f} | {row['checkpoint_bytes'] / 1e6:,.1f} |")
+    return lines
+
+
+def test_the_readmes_savers_are_the_committed_results():
+    results = json.loads((ROOT / "benchmarks/cpu/savers/results.json").read_text())
+    lines = saver_lines(results)
+    assert len(lines) == len(results["matrix"]["sets"]) >= 8
+    readme = (ROOT / "README.md").read_text()
+    assert "\n".join(lines) + "\n" in readme
+    chunks = json.loads((ROOT / "benchmarks/cpu/loss_chunks/results.json").read_text())
+    whole, pieces = chunks["rows"]
+    peaks, speed = [row["peak_host_memory_gib"] for row in (whole, pieces)], pieces["speed_ratio"]
+    assert peaks[1] < 0.7 * peaks[0] and speed["median"] > 1 / 1.03
+    times = f"{speed['median']:.2f} ({speed['min']:.2f}-{speed['max']:.2f})"
+    assert f"from {peaks[0]:.2f} to {peaks[1]:.2f} GiB at {times} times the speed" in " ".join(readme.split())
+
+
 EXAMPLES = {
     "t5_frozen_encoder": ("t5", "zero2", "seq2seq"),
     "bart_classifier": ("bart_classifier", "ddp", "classification"),

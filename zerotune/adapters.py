@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from zerotune.errors import UserError, nearest
-from zerotune.freezing import apply_rules, names_of
+from zerotune.freezing import HEAD_NAMES, apply_rules, names_of
 
 TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
 LORA_KINDS = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
@@ -97,6 +97,8 @@ def add_adapter(model, args, tokenizer, dtype, max_steps):
     if token_ids and max(token_ids) >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(max(token_ids) + 1)
     modules, report = whole_modules(model, args.freeze, args.unfreeze)
+    if args.task == "classification":  # a new head learns; peft knows those of some families alone
+        modules = sorted({*modules, *(name for name, _ in model.named_children() if name in HEAD_NAMES)})
     config = adapter_config(args, token_ids, [*args.modules_to_save, *modules], max_steps)
     config.base_model_name_or_path = args.model_name_or_path
     try:
@@ -185,19 +187,33 @@ def save_adapter(model, folder, state):
         raise RuntimeError(f"{folder} does not hold the adapter as it was trained: {', '.join(wrong[:10]) or 'it is empty'}")
 
 
-def merge(folder, target, auto, base, trust_remote_code, tokenizer):
-    """Write the base with the adapter in `folder` merged into its weights to `target`.
+def merge(folder, target, auto, trained, args, tokenizer):
+    """Write the base with the adapter in `folder` merged into its weights to `target`; trained: the model, for its configuration.
 
     Raises RuntimeError unless the merged model's logits are the unmerged one's, for some random tokens.
     """
     from peft import PeftModel
+    from transformers import AutoConfig
 
-    plain = auto.from_pretrained(base, dtype="auto", trust_remote_code=trust_remote_code)
+    config = copy.deepcopy(trained.config)  # with the labels and the language of this run
+    config.dtype = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code).dtype
+    if args.quantize:
+        del config.quantization_config
+    plain = auto.from_pretrained(
+        args.model_name_or_path,
+        config=config,
+        dtype="auto",
+        trust_remote_code=args.trust_remote_code,
+        ignore_mismatched_sizes=args.task == "classification",  # the adapter brings its own head
+    )
     if len(tokenizer) > plain.get_input_embeddings().num_embeddings:
         plain.resize_token_embeddings(len(tokenizer))
     model = PeftModel.from_pretrained(plain, folder).eval()
     ids = torch.randint(0, plain.config.get_text_config().vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, **({"decoder_input_ids": ids} if plain.config.is_encoder_decoder else {})}
+    if tokenizer.eos_token_id is not None:  # classifiers with a decoder look for the one end token of each row
+        ids[ids == tokenizer.eos_token_id] = 0
+        ids[:, -1] = tokenizer.eos_token_id
+    batch = {"input_ids": ids, **({"decoder_input_ids": ids} if args.task == "seq2seq" else {})}
     with torch.no_grad():
         before = model(**batch).logits.float()
         merged = model.merge_and_unload()
@@ -205,5 +221,7 @@ def merge(folder, target, auto, base, trust_remote_code, tokenizer):
     off = ((after - before).norm() / before.norm()).item()
     if not off <= (1e-4 if plain.dtype == torch.float32 else 3e-2):
         raise RuntimeError(f"{target}: merged logits differ from the unmerged ones by {off:.1e} (relative)")
+    if plain.can_generate():
+        merged.generation_config = trained.generation_config
     merged.save_pretrained(target, safe_serialization=True)
     tokenizer.save_pretrained(target)

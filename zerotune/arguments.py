@@ -84,7 +84,9 @@ class AdapterArguments:
     modules_to_save: list[str] = flag([], "Modules that learn as a whole and are saved with the adapter.")
     num_virtual_tokens: int = flag(20, "Length of the prefix or prompt.")
     trainable_tokens: list[str] = flag([], "Tokens whose embeddings learn; ones that the tokenizer lacks are added.")
-    quantize: Literal["nf4", "fp4", "int8"] | None = flag(None, "Keep the frozen base in 4 or 8 bits (bitsandbytes); needs --peft.")
+    quantize: Literal["nf4", "fp4", "int8"] | None = flag(
+        None, "Keep the frozen base in 4 or 8 bits (bitsandbytes); needs --peft or --unfreeze."
+    )
     double_quant: bool = flag(False, "Quantise the scales of nf4 and fp4 as well: 0.4 bits a weight less.")
     merge_adapter: bool = flag(False, "Also write merged/: the whole model with the adapter in its weights.")
 
@@ -219,13 +221,25 @@ def check_savers(args):
         bool(args.trainable_tokens) == (kind == "trainable_tokens"),
         "--trainable_tokens and --peft trainable_tokens go together; give both or none",
     )
+    need(
+        kind != "trainable_tokens" or not (args.unfreeze or args.modules_to_save),
+        "--peft trainable_tokens: nothing learns beside the tokens; leave out --unfreeze and --modules_to_save",
+    )
+    need(
+        kind != "adalora" or args.mixed_precision != "fp16",
+        "--peft adalora: in fp16 an overflow would spoil the importances by which it moves its ranks; use bf16",
+    )
     need(not (args.merge_adapter and kind in ("prefix", "prompt")), f"--merge_adapter: --peft {kind} cannot be merged into weights")
     need(
         not (args.gradient_checkpointing and kind == "prefix"),
         "--gradient_checkpointing: does not go with --peft prefix, which gives each block keys and values through the cache that "
         "recomputation switches off; use --peft lora, or train without checkpointing",
     )
-    need(kind or not args.quantize, "--quantize: quantised weights cannot learn; give an adapter as well, such as --peft lora")
+    need(
+        kind or args.unfreeze or not args.quantize,
+        "--quantize: quantised weights cannot learn; give an adapter as well, such as --peft lora, or --unfreeze what is not "
+        "quantised, such as head",
+    )
     need(
         not args.double_quant or args.quantize in ("nf4", "fp4"),
         f"--double_quant: is for --quantize nf4 and fp4 (given: {args.quantize})",

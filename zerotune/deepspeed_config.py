@@ -294,10 +294,12 @@ def check_config(config, name, args):
         )
     if args.peft == "trainable_tokens" and section(config, "zero_optimization").get("stage") == 3 and not has_cuda():
         problems.append("--peft trainable_tokens: peft collects the tokens of a sharded embedding on GPUs alone; use zero2 here")
-    if args.quantize in ("nf4", "fp4") and section(config, "zero_optimization").get("stage") == 3 and not has_cuda():
+    if args.quantize == "int8" and section(config, "zero_optimization").get("stage") == 3:
+        problems.append("--quantize int8: bitsandbytes keeps whole copies of what ZeRO-3 shards; use --quantize nf4, or zero2")
+    if args.quantize and not args.peft and section(config, "zero_optimization").get("stage") == 3:
         problems.append(
-            f"--quantize {args.quantize}: on a CPU bitsandbytes packs four-bit weights anew for evaluation, which shards do not "
-            "survive; use zero2 here, or --quantize int8"
+            "--quantize: without --peft final/ holds the quantised weights, which cannot be put together from shards; use zero2, "
+            "or give an adapter"
         )
     offload = section(config, "zero_optimization.offload_optimizer").get("device", "none")
     if args.optim in ("adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit") and offload != "none":

@@ -22,6 +22,7 @@ def export(accelerator, model, tokenizer, output_dir, args):
     would and compares every tensor bit by bit. RunError, on every rank, if that fails or the disk is full; an earlier final/ stays.
     """
     final, errors = Path(output_dir) / "final", []
+    written = final
     temporary = Path(f"{final}.tmp")
     inner = accelerator.unwrap_model(model)
     # A collective under ZeRO-3; whole on the main process.
@@ -39,12 +40,13 @@ def export(accelerator, model, tokenizer, output_dir, args):
                 check(temporary, args.task, state, args.trust_remote_code)
             replace(temporary, final)
             if args.merge_adapter:
+                written = final.with_name("merged")
                 transformers.integrations.deepspeed.unset_hf_deepspeed_config()
-                merge(final, temporary, AUTO_CLASSES[args.task], args.model_name_or_path, args.trust_remote_code, tokenizer)
-                replace(temporary, final.with_name("merged"))
+                merge(final, temporary, AUTO_CLASSES[args.task], inner, args, tokenizer)
+                replace(temporary, written)
         except Exception as error:  # whatever it is, the other ranks must hear of it instead of waiting
             shutil.rmtree(temporary, ignore_errors=True)
-            errors.append(f"{final}: not written: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            errors.append(f"{written}: not written: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     if errors := gather_object(errors):
         raise RunError(*errors)
     return final
@@ -63,9 +65,14 @@ def replace(temporary, final):
 def check(folder, task, state, trust_remote_code):
     """Raise RuntimeError unless from_pretrained(folder) holds exactly the tensors of `state`, tied weights under every name."""
     transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # else ZeRO-3 would shard the copy over all ranks
-    model = AUTO_CLASSES[task].from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
-    loaded = model.state_dict()
-    wrong = [name for name, tensor in state.items() if name not in loaded or not torch.equal(loaded[name], tensor.cpu())]
+    # A quantised model would go to the GPU by itself.
+    options = {"dtype": "auto", "trust_remote_code": trust_remote_code, "device_map": {"": "cpu"}}
+    loaded = AUTO_CLASSES[task].from_pretrained(folder, **options).state_dict()
+
+    def same(name, tensor):
+        return name in loaded and loaded[name].dtype == tensor.dtype and torch.equal(loaded[name].cpu(), tensor.cpu())
+
+    wrong = [name for name, tensor in state.items() if not same(name, tensor)]
     written = {loaded[name].data_ptr() for name in state if name in loaded}
     wrong += [name for name, tensor in loaded.items() if name not in state and tensor.data_ptr() not in written]
     if wrong:

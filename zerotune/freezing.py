@@ -58,7 +58,9 @@ class FreezeReport:
 
 
 def num_elements(parameter):
-    """Return a parameter's whole size, also where ZeRO-3 keeps only a shard of it here."""
+    """Return a parameter's whole size, also where ZeRO-3 keeps only a shard of it here, or where codes of four bits share bytes."""
+    if getattr(parameter, "quant_state", None) is not None:
+        return parameter.quant_state.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
@@ -68,6 +70,17 @@ def names_of(model):
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), (parameter, []))[1].append(name)
     return list(found.values())
+
+
+def is_quantised(parameter):
+    """Tell whether bitsandbytes keeps a parameter in 4 or 8 bits."""
+    return type(parameter).__module__.startswith("bitsandbytes.")
+
+
+def of_quantised_layers(model):
+    """Return the ids of all parameters of layers with a quantised weight: such a layer moves its bias to its input's precision."""
+    layers = [module for module in model.modules() if is_quantised(getattr(module, "weight", None))]
+    return {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
 
 
 def block_lists(model):
@@ -158,7 +171,7 @@ def apply_rules(model, freeze, unfreeze, all_may_be_frozen=False):
     Raises UserError with every problem found: a rule that is unknown, outside its range or matches nothing (with the nearest
     names), rules that disagree about a tied weight, everything frozen (unless adapters are to come: all_may_be_frozen).
     """
-    parameters, blocks = names_of(model), block_lists(model)
+    parameters, blocks, quantised = names_of(model), block_lists(model), of_quantised_layers(model)
     verdicts = {}  # (index of the parameter, name) -> (frozen?, the rule that said so last)
     reports, problems = [], []
     for action, rule in [("freeze", r) for r in freeze] + [("unfreeze", r) for r in unfreeze]:
@@ -189,7 +202,13 @@ def apply_rules(model, freeze, unfreeze, all_may_be_frozen=False):
                 f"tied weights are one parameter: freeze or unfreeze it under all its names (the rule 'embeddings' and 'head')"
             )
         elif said:
-            parameter.requires_grad_(not next(iter(said.values()))[0])
+            frozen, rule = next(iter(said.values()))
+            if not frozen and id(parameter) in quantised:
+                problems.append(
+                    f"--unfreeze: {names[0]} is of a quantised layer and cannot learn (rule {rule!r}); name others, such as head"
+                )
+            else:
+                parameter.requires_grad_(not frozen)
     trainable = sum(num_elements(p) for p, _ in parameters if p.requires_grad)
     if trainable == 0 and not problems and not all_may_be_frozen:
         problems.append("--freeze: everything is frozen, nothing would learn; add an --unfreeze rule such as head or layers[-1]")

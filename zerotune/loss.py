@@ -105,7 +105,8 @@ class LossInPieces(torch.autograd.Function):
     """The summed loss of a linear head, whose gradients are taken piece by piece while the logits of the piece are there.
 
     The loss is the end of the graph, so its gradient is a mere factor, which backward multiplies in (as in Hsu et al. 2024,
-    Liger Kernel): the head's products are done once, where checkpointing would repeat them.
+    Liger Kernel): the head's products are done once, where checkpointing would repeat them. In fp16 this means that a loss scale
+    reaches everything but these products.
     """
 
     @staticmethod
@@ -117,7 +118,7 @@ class LossInPieces(torch.autograd.Function):
         need_hidden, need_weight, need_bias = needs = [learning and need for need in ctx.needs_input_grad[4:]]
         product = weight.to(dtype)  # once, where autocast would convert it for each piece
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if need_hidden else None
-        grad_weight = torch.zeros_like(product) if need_weight else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
         total, start = torch.zeros((), device=hidden.device), 0
         for rows, targets in zip(hidden.tensor_split(num_chunks), labels.tensor_split(num_chunks), strict=True):
@@ -132,8 +133,10 @@ class LossInPieces(torch.autograd.Function):
             total += loss_sum.detach()
             if need_hidden:
                 torch.mm(grad, product, out=grad_hidden[place])
-            if need_weight:
+            if need_weight and weight.dtype == dtype:
                 torch.addmm(grad_weight, grad.t(), rows, out=grad_weight)
+            elif need_weight:
+                grad_weight += grad.t() @ rows  # summed in the precision that the weight's gradient has
             if need_bias:
                 grad_bias += grad.sum(0)
         ctx.gradients = [grad_hidden, grad_weight, grad_bias]

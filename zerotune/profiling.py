@@ -125,9 +125,15 @@ def tensors_in(value, depth=4):
 
 
 def quantisation_state(parameter):
-    """Return what bitsandbytes keeps beside the codes of a quantised weight: scales, doubly quantised ones with theirs."""
+    """Return what bitsandbytes keeps beside four-bit codes: scales, doubly quantised ones with their own."""
     state = getattr(parameter, "quant_state", None)
-    return [getattr(parameter, "SCB", None), *(vars(s) for s in (state, getattr(state, "state2", None)) if s is not None)]
+    return [vars(s) for s in (state, getattr(state, "state2", None)) if s is not None]
+
+
+def eight_bit_state(module):
+    """Return the codes and scales that bitsandbytes moves from an eight-bit weight to its layer in the first forward pass."""
+    state = getattr(module, "state", None)
+    return [getattr(state, "CB", None), getattr(state, "SCB", None)]
 
 
 def memory_gib(model, optimizer):
@@ -137,8 +143,12 @@ def memory_gib(model, optimizer):
     """
     parameters = [*model.parameters(), *model.buffers()]
     shards = [shard for p in parameters if (shard := getattr(p, "ds_tensor", None)) is not None]
-    scales = tensors_in([quantisation_state(p) for p in parameters])
-    groups = {"weights": [*parameters, *shards, *scales], "gradients": [p.grad for p in parameters if p.grad is not None], "optimizer": []}
+    scales = tensors_in([quantisation_state(p) for p in parameters] + [eight_bit_state(m) for m in model.modules()])
+    groups = {
+        "weights": [*parameters, *shards, *scales],
+        "gradients": [p.grad for p in parameters if p.grad is not None],
+        "optimizer": [],
+    }
     outer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     for owner in {id(o): o for o in (outer, getattr(outer, "optimizer", outer))}.values():
         for name, value in vars(owner).items():

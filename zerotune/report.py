@@ -212,8 +212,8 @@ def draw(results, out):
     if not good:
         return
     kind = "device" if any(row["peak_device_memory_gib"] for row in good) else "host"
-    several = {key: len({row[key] for row in rows}) > 1 for key in ("set", "batch")}
-    names = {id(row): " ".join([row["strategy"], *(row[key] for key in ("set", "batch") if several[key])]) for row in rows}
+    several = [key for key in ("strategy", "set", "batch") if len({row[key] for row in rows}) > 1] or ["strategy"]
+    names = {id(row): " ".join(row[key] for key in several) for row in rows}
     title = results["matrix"]["title"]
 
     def start(height):
@@ -266,11 +266,11 @@ def draw(results, out):
     colours = dict(zip(sorted({row["set"] for row in good}), plt.cm.tab10.colors * 4, strict=False))
     for row in good:
         axes.scatter(memory_of(row)[1], row["tokens_per_second"]["median"], color=colours[row["set"]], zorder=2)
-    label_points(axes, points)
     axes.set_xlabel(f"peak {kind} memory of a process, GiB")
     axes.set_ylabel("real tokens/s of all processes, median")
     axes.set_ylim(0, 1.08 * best)
     axes.margins(x=0.18)
+    label_points(axes, points)
     axes.set_title(f"{title}: nothing above and left of the line" if title else "nothing above and left of the line")
     figure.savefig(out / "pareto.png", dpi=110)
     plt.close("all")
@@ -287,13 +287,13 @@ def categories(row, kind):
 
 def label_points(axes, points):
     """Name the points, a label lower or higher where it would cover another."""
-    tallest = max(speed for _, speed, _ in points)
-    taken = []
+    tallest, (left, right) = max(speed for _, speed, _ in points), axes.get_xlim()
+    letter, line = 0.008 * (right - left), 0.035 * tallest
+    taken = [(memory - letter, memory + letter / 2, speed) for memory, speed, _ in points]  # begin, end and height of what is drawn
     for memory, speed, name in sorted(points, key=lambda point: -point[1]):
-        height = speed
-        while any(abs(height - other) < 0.04 * tallest for other in taken):
-            height -= 0.01 * tallest
-        taken.append(height)
-        axes.annotate(
-            name, (memory, speed), (8, (height - speed) / tallest * 300), textcoords="offset points", fontsize=8, va="center"
-        )
+        begin, end = memory + letter, memory + letter * (1 + len(name))
+        heights = (speed + 0.7 * line + sign * number * line / 2 for number in range(40) for sign in (1, -1))
+        free = (h for h in heights if not any(begin < e and b < end and abs(h - other) < 0.9 * line for b, e, other in taken))
+        height = next(free, speed)
+        taken.append((begin, end, height))
+        axes.annotate(name, (memory, speed), (begin, height), fontsize=8, va="center")
