@@ -117,12 +117,12 @@ class LossInPieces(torch.autograd.Function):
         ctx.dtypes = [t if t is None else t.dtype for t in (hidden, weight, bias)]
         need_hidden, need_weight, need_bias = needs = [learning and need for need in ctx.needs_input_grad[4:]]
         product = weight.to(dtype)  # once, where autocast would convert it for each piece
-        grad_hidden = torch.empty_like(hidden, dtype=dtype) if need_hidden else None
+        grad_rows = []
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
-        total, start = torch.zeros((), device=hidden.device), 0
+        total = torch.zeros((), device=hidden.device)
         for rows, targets in zip(hidden.tensor_split(num_chunks), labels.tensor_split(num_chunks), strict=True):
-            rows, place = rows.to(dtype), slice(start, start := start + len(rows))
+            rows = rows.to(dtype)
             logits = F.linear(rows, product, bias if bias is None else bias.to(dtype))
             if not any(needs):
                 total += loss_sum_of(logits, targets)
@@ -132,14 +132,14 @@ class LossInPieces(torch.autograd.Function):
                 (grad,) = torch.autograd.grad(loss_sum, logits)
             total += loss_sum.detach()
             if need_hidden:
-                torch.mm(grad, product, out=grad_hidden[place])
+                grad_rows.append(grad @ product)
             if need_weight and weight.dtype == dtype:
                 torch.addmm(grad_weight, grad.t(), rows, out=grad_weight)
             elif need_weight:
                 grad_weight += grad.t() @ rows  # summed in the precision that the weight's gradient has
             if need_bias:
                 grad_bias += grad.sum(0)
-        ctx.gradients = [grad_hidden, grad_weight, grad_bias]
+        ctx.gradients = [torch.cat(grad_rows) if need_hidden else None, grad_weight, grad_bias]
         return total
 
     @staticmethod
