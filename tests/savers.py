@@ -184,6 +184,9 @@ def loss_of(run, name):
     base = AUTO_CLASSES[args.task].from_pretrained(folder, quantization_config=quantization)
     if len(tokenizer) > base.get_input_embeddings().num_embeddings:
         base.resize_token_embeddings(len(tokenizer))
+    for module in base.modules():  # bitsandbytes' product for evaluation on a CPU rounds to bf16
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model = (PeftModel.from_pretrained(base, run / name) if adapter else base).eval()
     rows = Data(args, tokenizer).rows["validation"][:]
     shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)
