@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ sys.path.insert(0, str(ROOT))
 WORDS = [f"w{number}" for number in range(60)]
 SPECIALS = ["<pad>", "</s>", "<unk>", "<s>"]  # numbers 0 to 3
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A background job of a shell ignores SIGINT, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -8,8 +8,8 @@ import torch
 from conftest import text
 
 RECORD_KEYS = set(
-    "step epoch loss learning_rate grad_norm target_tokens tokens_per_second padding_fraction step_seconds peak_device_memory_gib "
-    "peak_host_memory_gib".split()
+    "step epoch loss learning_rate grad_norm target_tokens real_tokens tokens_per_second padding_fraction step_seconds "
+    "peak_device_memory_gib peak_host_memory_gib".split()
 )
 
 
