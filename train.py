@@ -228,6 +228,8 @@ def main():
         with window.paused():
             facts = manifest_facts | {"overflowed_steps": overflow.overflowed_steps}
             saved = checkpoint.save(accelerator, model, optimizer, args.output_dir, position, args.save_total_limit, facts)
+        if saved.get("save_seconds", 0) > args.hang_timeout_seconds / 2:
+            console.say("warning: a save takes more than half of --hang_timeout_seconds, after which it would count as a stall")
         metrics.write({"step": position, **saved})
         return position
 
@@ -273,9 +275,11 @@ def main():
         if watch is not None:
             stop_if_unused(accelerator, watch, args.allow_unused, console)
             watch = None
+        # fp16 gradients may overflow while the loss is sound: then the scale is lowered, and nothing is wrong with the rows.
+        overflowed = skipped and args.mixed_precision == "fp16" and accelerator.reduce(step_loss, reduction="sum").isfinite().item()
         if args.mixed_precision == "fp16":
-            overflow.after_step(step, skipped, loss_scale(accelerator, optimizer))
-        elif skipped:
+            overflow.after_step(step, overflowed, loss_scale(accelerator, optimizer))
+        if skipped and not overflowed:
             bad_steps += 1
             lines = batches.lines_of_step(step - 1)
             metrics.write({"step": step, "bad_step": "non-finite loss or gradient; weights unchanged", "train_file_lines": lines})

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # QLoRA of a Phi-3 or Phi-4-mini on one consumer GPU: the base in 4 bits (NF4, scales quantised as well), LoRA on all linear layers,
-# the loss in pieces, since 200,000 words make the logits larger than the model.
+# the loss in pieces, since 200,000 words make logits and their gradients nearly as large as the model.
 #   TRAIN_FILE=rows.jsonl [MODEL=microsoft/Phi-4-mini-instruct] bash scripts/phi_qlora.sh [more flags]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

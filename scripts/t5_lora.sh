@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # T5 with LoRA under ZeRO-3: the frozen base is sharded over the GPUs, gradients and optimizer states exist for the adapter alone, and
-# final/ holds some megabytes. --merge_adapter writes the whole model beside it.
+# final/ holds the adapter, some tens of megabytes. --merge_adapter writes the whole model beside it.
 #   TRAIN_FILE=rows.jsonl [MODEL=google/flan-t5-xl] [STRATEGY=zero3] bash scripts/t5_lora.sh [more flags]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

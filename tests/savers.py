@@ -31,7 +31,11 @@ SAVERS = {
     "ia3": {"peft": "ia3", "learning_rate": 0.2, "eval_steps": 1},
     "prefix": {"peft": "prefix", "num_virtual_tokens": 4, "learning_rate": 1.0},
     "prompt": {"peft": "prompt", "num_virtual_tokens": 4, "learning_rate": 5.0, "eval_steps": 1},
-    "trainable_tokens": {"peft": "trainable_tokens", "trainable_tokens": [*(f"w{n}" for n in range(1, 20)), "<mine>"]},
+    "trainable_tokens": {
+        "peft": "trainable_tokens",
+        "trainable_tokens": [*(f"w{n}" for n in range(1, 20)), "<mine>"],
+        "merge_adapter": "true",
+    },
     "lora, head learns": {"peft": "lora", "unfreeze": ["head"], "learning_rate": 0.005},
     "loss_chunks": {"loss_chunks": 3, "learning_rate": 0.005},
     "lora, loss_chunks, checkpointing": {"peft": "lora", "loss_chunks": 3, "gradient_checkpointing": "true"},
@@ -44,7 +48,7 @@ SAVERS = {
         "eval_steps": 1,
     },
     "int8, lora": {"quantize": "int8", "peft": "lora", "target_modules": ["all-linear"], "learning_rate": 0.005},
-    "nf4, head learns": {"quantize": "nf4", "unfreeze": ["head"], "learning_rate": 0.005, "eval_steps": 1},
+    "fp4, head learns": {"quantize": "fp4", "unfreeze": ["head"], "learning_rate": 0.005, "eval_steps": 1},
     "adamw_bnb_8bit": {"optim": "adamw_bnb_8bit", "learning_rate": 0.005},
 }
 MODELS = ("t5", "bart", "gpt2", "llama", "phi3")
@@ -243,6 +247,14 @@ def write_table(results, path):
                 cells.append(found)
             lines.append(f"| {saver} | `{strategy}` | " + " | ".join(cells) + " |")
     lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
+    lines += [
+        "",
+        "Flags; for phi3, of which peft has no choice of its own, the adapters on layers also get `--target_modules all-linear`:",
+        "",
+    ]
+    for saver, options in SAVERS.items():
+        words = (f"--{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in options.items())
+        lines.append(f"- {saver}: `{' '.join(words)}`")
     Path(path).write_text("\n".join(lines) + "\n")
 
 
@@ -262,7 +274,7 @@ def main():
     facts = environment_facts()
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "transformers", "peft", "deepspeed"))
     results = json.loads(args.out.read_text()) if args.out.exists() else {"cells": {}}
-    results["environment"] = f"{versions}; commit {facts['git_commit'][:12]}"
+    commit = facts["git_commit"][:12] + "-dirty" * facts["git_commit"].endswith("-dirty")
     with tempfile.TemporaryDirectory() as folder:
         models, rows = make_inputs(Path(folder))
         for name in args.only:
@@ -277,6 +289,9 @@ def main():
                     said = [line for line in str(error).splitlines() if "Error" in line]
                     results["cells"][name] = f"fails: {(said or [str(error)[-300:]])[0]}"
                 print(f"{name}: {results['cells'][name]}", flush=True)
+                results.setdefault("commits", {})[name] = commit
+                commits = ", ".join(sorted(set(results["commits"].values())))
+                results["environment"] = f"{versions}; commit {commits} (each place's in savers.json)"
                 write_json(args.out, results)
                 write_table(results, args.out.with_suffix(".md"))
     return int(any(found.startswith("fails") for found in results["cells"].values()))

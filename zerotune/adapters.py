@@ -196,7 +196,8 @@ def merge(folder, target, auto, trained, args, tokenizer):
     from transformers import AutoConfig
 
     config = copy.deepcopy(trained.config)  # with the labels and the language of this run
-    config.dtype = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code).dtype
+    original = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    config.dtype, config.get_text_config().vocab_size = original.dtype, original.get_text_config().vocab_size  # as it is loaded
     if args.quantize:
         del config.quantization_config
     plain = auto.from_pretrained(

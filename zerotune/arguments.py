@@ -128,7 +128,9 @@ class RunArguments:
         "auto", "auto: the newest checkpoint in output_dir, if there is one; none: start at step 0; or a checkpoint's folder."
     )
     max_bad_steps: int = flag(5, "Steps in a row with a non-finite loss or gradient, each skipped, after which the run stops.")
-    hang_timeout_seconds: float = flag(600.0, "Seconds without progress on a rank after which the job is ended with all stacks.")
+    hang_timeout_seconds: float = flag(
+        600.0, "Seconds without a step or save on a rank after which the job is ended with all stacks."
+    )
     overwrite_output_dir: bool = flag(False, "With --resume_from_checkpoint none: start over in a folder that holds a run.")
     predict_with_generate: bool = flag(True, "Generate in evaluations of validation_file, for ROUGE and BLEU; false: loss alone.")
     generation_max_length: int | None = flag(None, "Longest generated text, in tokens. Default: max_target_length.")

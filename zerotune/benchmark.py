@@ -213,7 +213,8 @@ def run_cell(cell, folder, matrix):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     begin, log = time.perf_counter(), folder / "log"
-    environment = {**os.environ, "STRATEGY": cell.strategy, "PYTHON": sys.executable, **dict(cell.setenv)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "STRATEGY": cell.strategy, "PYTHON": sys.executable, "PYTHONPATH": path, **dict(cell.setenv)}
     if matrix["num_processes"] and cell.strategy != "single":
         environment["NUM_PROCESSES"] = str(matrix["num_processes"])
     command = peer.command(cell.words) if cell.engine == "trainer" else ["bash", str(ROOT / "scripts/launch.sh"), *cell.words]
@@ -221,7 +222,6 @@ def run_cell(cell, folder, matrix):
         process = subprocess.Popen(
             [*command, "--output_dir", str(folder / "run")],
             env=environment,
-            cwd=ROOT,
             stdout=file,
             stderr=subprocess.STDOUT,
             preexec_fn=child_limits(matrix["memory_limit_gib"]),
@@ -236,7 +236,8 @@ def run_cell(cell, folder, matrix):
     facts = cell_facts(cell, folder, code, log.read_text(errors="replace"), matrix["warmup_steps"], matrix["measured_steps"])
     for large in ("final", *(path.name for path in (folder / "run").glob("checkpoint-*"))):
         shutil.rmtree(folder / "run" / large, ignore_errors=True)
-    return facts | {"wall_seconds": round(time.perf_counter() - begin, 1)}
+    commit = environment_facts()["git_commit"]
+    return facts | {"wall_seconds": round(time.perf_counter() - begin, 1), "git_commit": commit}
 
 
 def peak_of(out, mixed_precision):
@@ -276,7 +277,10 @@ def write_results(matrix, out, cells, plots=False):
             peak = peak_of(out, cell["mixed_precision"])
             cell["mfu"] = cell["model_flops_per_second"] / (peak["flops_per_second"] * cell["num_devices"])
     peaks = {path.stem.removeprefix("peak_"): json.loads(path.read_text()) for path in sorted(out.glob("peak_*.json"))}
-    results = {"environment": environment_facts(), "matrix": matrix, "peaks": peaks, "cells": facts}
+    environment = environment_facts()
+    commits = sorted({cell["git_commit"] for cell in facts if cell.get("git_commit")})
+    environment["git_commit"] = ", ".join(commits) or environment["git_commit"]  # those that were measured
+    results = {"environment": environment, "matrix": matrix, "peaks": peaks, "cells": facts}
     controls = [
         cell["tokens_per_second"]["median"] for cell in facts if "control" in str(cell["repeat"]) and cell["status"] == "ok"
     ]
@@ -303,7 +307,7 @@ def parse(argv):
     parser.add_argument("--peer", choices=["trainer"], help="run Hugging Face's Trainer beside train.py")
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = parser.parse_args(own)
-    args.train_flags = flags
+    args.train_flags, args.out = flags, args.out.resolve()
     return args
 
 

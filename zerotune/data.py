@@ -276,6 +276,7 @@ class Data:
     def limits(self, split, name, args, max_positions, vocab_size):
         """Return problems with rows that do not fit the model: too long, generation too long, token ids without an embedding."""
         rows, problems = self.rows[split], []
+        virtual = args.num_virtual_tokens if args.peft in ("prefix", "prompt") else 0  # they come first and take positions
         if max_positions is not None:
             longest = max(rows["longest_side"][:], default=0)
             room = max(rows["prompt_length"][:], default=0) + (args.generation_max_length or args.max_target_length)
@@ -285,9 +286,10 @@ class Data:
                 (longest, "the longest row has"),
                 (room if generates else 0, "the longest prompt and generation have"),
             ):
-                if tokens > max_positions:
+                if tokens + virtual > max_positions:
                     problems.append(
-                        f"{name}: {what} {tokens} tokens, but the model has {max_positions} positions; "
+                        f"{name}: {what} {tokens} tokens{f' beside {virtual} virtual ones' * bool(virtual)}, but the model has "
+                        f"{max_positions} positions; "
                         "lower --max_source_length, --max_target_length or --generation_max_length"
                     )
         largest = max(rows["largest_id"][:], default=0)

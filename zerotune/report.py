@@ -101,11 +101,12 @@ def source_line(results):
     """Return the hardware, versions and commit of the numbers, in a line."""
     facts = results["environment"]
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "deepspeed", "transformers", "accelerate"))
-    return f"{facts['device']}; {versions}; commit {str(facts['git_commit'])[:12]}{dirty(facts)}"
+    return f"{facts['device']}; {versions}; commit {short(facts['git_commit'])}"
 
 
-def dirty(facts):
-    return " with changes" if str(facts["git_commit"]).endswith("-dirty") else ""
+def short(commits):
+    """Shorten commits, which are separated by commas."""
+    return ", ".join(c[:12] + " with changes" * c.endswith("-dirty") for c in str(commits).split(", "))
 
 
 def number(value, form, scale=1):
@@ -218,8 +219,8 @@ def draw(results, out):
 
     def start(height):
         figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
-        figure.text(0.01, 0.005, source_line(results), fontsize=7, color="#555555")
-        figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
+        figure.text(0.01, 0.05 / height, source_line(results), fontsize=7, color="#555555")
+        figure.get_layout_engine().set(rect=(0, 0.22 / height, 1, 1 - 0.22 / height))
         axes.spines[["top", "right"]].set_visible(False)
         return figure, axes
 
