@@ -248,6 +248,9 @@ def test_rows_longer_than_the_model_are_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match="longest row has 4 tokens, but the model has 3 positions; lower --max_source_length"):
         Data(Arguments(train_file=str(path)), tokenizer, max_positions=3)
     Data(Arguments(train_file=str(path)), tokenizer, max_positions=4)
+    virtual = Arguments(train_file=str(path), peft="prompt", num_virtual_tokens=2)
+    with pytest.raises(UserError, match="longest row has 4 tokens beside 2 virtual ones, but the model has 5 positions"):
+        Data(virtual, tokenizer, max_positions=5)
     with pytest.raises(UserError, match="gives token 12, but the model has 12 embeddings"):
         Data(Arguments(train_file=str(write(tmp_path / "b.jsonl", [{"source": "w8", "target": "w1"}]))), tokenizer, vocab_size=12)
     flags = {"task": "causal", "train_file": str(path), "test_file": str(path), "max_target_length": 8}
