@@ -90,6 +90,10 @@ def test_the_readmes_savers_are_the_committed_results():
     assert len(lines) == len(results["matrix"]["sets"]) >= 8
     readme = (ROOT / "README.md").read_text()
     assert "\n".join(lines) + "\n" in readme
+    variants = json.loads((ROOT / "benchmarks/cpu/savers_variants/results.json").read_text())
+    for row in variants["rows"]:
+        if speed := row.get("speed_ratio"):
+            assert f"at {speed['median']:.2f} ({speed['min']:.2f}-{speed['max']:.2f})" in " ".join(readme.split())
     chunks = json.loads((ROOT / "benchmarks/cpu/loss_chunks/results.json").read_text())
     whole, pieces = chunks["rows"]
     peaks, speed = [row["peak_host_memory_gib"] for row in (whole, pieces)], pieces["speed_ratio"]
