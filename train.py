@@ -6,7 +6,7 @@
     accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_processes 8 train.py ...   ZeRO-3 + CPU offload
 
 `python train.py --help` lists the flags; scripts/launch.sh is the short way to the same launches. To adapt it: the loss is
-`forward_loss`, called once in the loop; the rows are made in zerotune/data.py; what learns is decided at "freezing".
+`forward_loss`, called once in the loop; the rows are made in zerotune/rows/data.py; what learns is decided at "freezing".
 """
 
 import zerotune.quiet  # noqa: F401  before all others: the libraries read their log levels when they are imported
@@ -33,18 +33,15 @@ from accelerate.utils import (
 )
 from torch.utils.data import DataLoader
 
-from zerotune import checkpoint, records
-from zerotune.adapters import add_adapter, allocate_ranks
-from zerotune.arguments import parse_arguments
-from zerotune.collation import Collator, TrainingSteps
-from zerotune.data import Data, describe
-from zerotune.deepspeed_config import has_cuda
+from zerotune.engine.deepspeed_config import has_cuda
+from zerotune.engine.optimizer import build_optimizer, lr_at
+from zerotune.engine.precision import OverflowWatch, loss_scale, prepare_scaler, take_step
+from zerotune.engine.stopping import Interrupted, Stopper, Watchdog, finish, restore_default_signals
+from zerotune.engine.strategy import check_processes, engine_facts, launched_strategy
 from zerotune.errors import RunError, UserError
-from zerotune.evaluation import Evaluator, load_metrics
-from zerotune.export import export
-from zerotune.freezing import GradientWatch, apply_rules
-from zerotune.loss import chunk_loss, count_targets, forward_loss
-from zerotune.model import (
+from zerotune.model.adapters import add_adapter, allocate_ranks
+from zerotune.model.freezing import GradientWatch, apply_rules
+from zerotune.model.loading import (
     T5_FAMILY,
     apply_liger,
     count_partitioned,
@@ -55,12 +52,15 @@ from zerotune.model import (
     max_positions,
     shift_right,
 )
-from zerotune.optimizer import build_optimizer, lr_at
-from zerotune.precision import OverflowWatch, loss_scale, prepare_scaler, take_step
-from zerotune.profiling import Profile
-from zerotune.quantization import quantization_config
-from zerotune.stopping import Interrupted, Stopper, Watchdog, finish, restore_default_signals
-from zerotune.strategy import check_processes, engine_facts, launched_strategy
+from zerotune.model.loss import chunk_loss, count_targets, forward_loss
+from zerotune.model.quantization import quantization_config
+from zerotune.rows.collation import Collator, TrainingSteps
+from zerotune.rows.data import Data, describe
+from zerotune.run import checkpoint, records
+from zerotune.run.arguments import parse_arguments
+from zerotune.run.evaluation import Evaluator, load_metrics
+from zerotune.run.export import export
+from zerotune.run.profiling import Profile
 
 
 def main():

@@ -10,7 +10,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="${PYTHON:-python3}"
 [[ -x $ROOT/.venv/bin/python && $PYTHON == python3 ]] && PYTHON="$ROOT/.venv/bin/python"
 read -ra strategies <<<"${STRATEGIES:-ddp zero1 zero2 zero2_offload zero3 zero3_offload}"
-measure=("$PYTHON" -m zerotune.benchmark --out "${OUT:-runs/benchmark}" --repeats "${REPEATS:-1}")
+measure=("$PYTHON" -m zerotune benchmark --out "${OUT:-runs/benchmark}" --repeats "${REPEATS:-1}")
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 if (($# == 0)); then
     exec "${measure[@]}" --matrix "$ROOT/benchmarks/quickstart.yaml" --strategies "${strategies[@]}"

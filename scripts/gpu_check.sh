@@ -23,7 +23,7 @@ scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 export HF_HUB_OFFLINE=1 HF_HOME="$scratch/huggingface" PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 summary="$OUT/summary.md"
-"$PYTHON" -c 'from zerotune.records import environment_facts as f; print(f())' >"$summary"
+"$PYTHON" -c 'from zerotune.run.records import environment_facts as f; print(f())' >"$summary"
 printf '\n| part | end | seconds |\n|---|---|---|\n' >>"$summary"
 
 # part NAME SECONDS COMMAND...: run it with a limit, the rest of the budget at most, and write how it ended.
@@ -77,7 +77,7 @@ for name in "${PARTS[@]}"; do
     fi
     options=()
     [[ $name == gpu_peer ]] && options=(--peer trainer)
-    part "$name" 300 "$PYTHON" -m zerotune.benchmark --matrix "benchmarks/$name.yaml" --out "$scratch/$name" "${options[@]}"
+    part "$name" 300 "$PYTHON" -m zerotune benchmark --matrix "benchmarks/$name.yaml" --out "$scratch/$name" "${options[@]}"
     keep "$name"
 done
 cat "$summary"

@@ -59,7 +59,7 @@ for word in "$@"; do
         exec "$PYTHON" "$ROOT/train.py" --help
     fi
 done
-PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m zerotune.strategy "$config" "$NUM_PROCESSES" "$@"
+PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m zerotune check "$config" "$NUM_PROCESSES" "$@"
 if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf 'OMP_NUM_THREADS=%s %s' "$OMP_NUM_THREADS" "${DS_ACCELERATOR:+DS_ACCELERATOR=$DS_ACCELERATOR }"
     printf '%q ' "${launch[@]}"

@@ -8,7 +8,7 @@ OUT="${OUT:-runs/quickstart}"
 export HF_HOME="${HF_HOME:-$PWD/.cache/huggingface}" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}"
 
 echo "(a) the data: functions of Python's standard library and what their docstrings say; the model: an untrained T5"
-[[ -f $OUT/data/model/model.safetensors ]] || .venv/bin/python -m zerotune.demo build "$OUT/data"
+[[ -f $OUT/data/model/model.safetensors ]] || .venv/bin/python -m zerotune demo build "$OUT/data"
 
 common=(
     --task seq2seq --train_file "$OUT/data/train.jsonl" --validation_file "$OUT/data/validation.jsonl"
@@ -30,4 +30,4 @@ STRATEGY=zero3_offload bash scripts/launch.sh "${common[@]}" \
     --max_steps 80 --learning_rate 2e-4 --logging_steps 10
 
 echo "(d) both runs"
-.venv/bin/python -m zerotune.demo report "$OUT/all_weights" "$OUT/last_block"
+.venv/bin/python -m zerotune demo report "$OUT/all_weights" "$OUT/last_block"

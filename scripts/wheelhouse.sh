@@ -20,4 +20,4 @@ if ! "$PYTHON" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev
     echo "wheelhouse: PYTHON=$PYTHON is no Python 3.11 or later with pip; install it (Debian: apt install python3-pip)" >&2
     exit 2
 fi
-PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m zerotune.wheelhouse "$@"
+PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m zerotune wheelhouse "$@"

@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from zerotune import manifest  # noqa: E402
-from zerotune.checkpoint import choose, list_checkpoints  # noqa: E402
+from zerotune.run import manifest  # noqa: E402
+from zerotune.run.checkpoint import choose, list_checkpoints  # noqa: E402
 
 
 def damage(folder, kind, generator):
@@ -63,7 +63,7 @@ def main():
     from torture import demo_flags, start
 
     import zerotune.quiet  # noqa: F401
-    from zerotune.records import environment_facts
+    from zerotune.run.records import environment_facts
 
     accelerator, generator, results = Accelerator(cpu=True), random.Random(0), []
     with tempfile.TemporaryDirectory() as name:

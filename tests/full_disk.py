@@ -17,8 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from torture import demo_flags, start  # noqa: E402
 
-from zerotune import manifest  # noqa: E402
-from zerotune.checkpoint import list_checkpoints  # noqa: E402
+from zerotune.run import manifest  # noqa: E402
+from zerotune.run.checkpoint import list_checkpoints  # noqa: E402
 
 PAGE = 4096  # tmpfs counts whole pages
 
@@ -66,7 +66,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     import zerotune.quiet  # noqa: F401
-    from zerotune.records import environment_facts
+    from zerotune.run.records import environment_facts
 
     results = []
     for strategy in args.strategies:

@@ -174,11 +174,11 @@ def loss_of(run, name):
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    from zerotune.collation import Collator
-    from zerotune.data import Data
-    from zerotune.loss import count_targets, forward_loss
-    from zerotune.model import AUTO_CLASSES
-    from zerotune.quantization import quantization_config
+    from zerotune.model.loading import AUTO_CLASSES
+    from zerotune.model.loss import count_targets, forward_loss
+    from zerotune.model.quantization import quantization_config
+    from zerotune.rows.collation import Collator
+    from zerotune.rows.data import Data
 
     args = argparse.Namespace(**json.loads((run / "run.json").read_text())["arguments"])
     adapter = args.peft and name == "final"
@@ -269,7 +269,7 @@ def main():
     import peft  # noqa: F401
 
     import train  # noqa: F401
-    from zerotune.records import environment_facts, write_json
+    from zerotune.run.records import environment_facts, write_json
 
     facts = environment_facts()
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "transformers", "peft", "deepspeed"))

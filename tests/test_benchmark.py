@@ -15,15 +15,19 @@ from conftest import ROOT, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from torture import ranks_of
 
-from zerotune.benchmark import main
-from zerotune.cells import status_of
-from zerotune.collation import shape_terms
-from zerotune.flops import coefficients
-from zerotune.freezing import apply_rules
-from zerotune.hardware import known_peak
-from zerotune.loss import token_loss_sum
-from zerotune.profiling import exposed_seconds
-from zerotune.report import aggregate, ratio_of
+from zerotune.__main__ import main as tools
+from zerotune.model.freezing import apply_rules
+from zerotune.model.loss import token_loss_sum
+from zerotune.rows.collation import shape_terms
+from zerotune.run.profiling import exposed_seconds
+from zerotune.tools.benchmark.cells import status_of
+from zerotune.tools.benchmark.report import aggregate, ratio_of
+from zerotune.tools.flops import coefficients
+from zerotune.tools.hardware import known_peak
+
+
+def main(words):
+    return tools(["benchmark", *words])
 
 
 @pytest.mark.parametrize("family, freeze, unfreeze", [
@@ -121,7 +125,7 @@ def test_a_killed_benchmark_goes_on(tmp_path, monkeypatch):
     """SIGKILL in the middle: the same command measures what is missing alone; out of memory is a row; plots and table are there."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out, matrix = tmp_path / "out", write_matrix(tmp_path / "matrix.yaml")
-    command = [sys.executable, "-m", "zerotune.benchmark", *matrix, "--out", str(out)]
+    command = [sys.executable, "-m", "zerotune", "benchmark", *matrix, "--out", str(out)]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while len(list(out.glob("cells/*.json"))) < 2:
         assert first.poll() is None, first.stdout.read().decode()
@@ -211,8 +215,8 @@ def test_mistakes_are_named(tmp_path, capsys):
 
 def test_shipped_matrices_are_right():
     """Every matrix in benchmarks/ has keys, strategies and flags that exist."""
-    from zerotune.arguments import Arguments
-    from zerotune.benchmark import parse, read_matrix
+    from zerotune.run.arguments import Arguments
+    from zerotune.tools.benchmark.main import parse, read_matrix
 
     shipped = sorted((ROOT / "benchmarks").glob("*.yaml"))
     assert len(shipped) >= 4

@@ -19,9 +19,9 @@ from full_disk import fill, measure
 from state import state_hash
 from torture import campaign, demo_flags, ranks_of, start, wait_for_training
 
-from zerotune import manifest
-from zerotune.checkpoint import check_request, choose, list_checkpoints
 from zerotune.errors import UserError
+from zerotune.run import manifest
+from zerotune.run.checkpoint import check_request, choose, list_checkpoints
 
 OPTIONS = {
     "per_device_train_batch_size": 2,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from zerotune.arguments import Arguments
-from zerotune.batches import deal, evaluation_batches, rows_of_step
-from zerotune.collation import Collator, TrainingSteps, count_tokens
-from zerotune.data import Data
 from zerotune.errors import UserError
-from zerotune.files import read_rows
+from zerotune.rows.batches import deal, evaluation_batches, rows_of_step
+from zerotune.rows.collation import Collator, TrainingSteps, count_tokens
+from zerotune.rows.data import Data
+from zerotune.rows.files import read_rows
+from zerotune.run.arguments import Arguments
 
 ROWS = [
     {"source": "w1 w2 w3", "target": "w4", "label": "yes"},

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_config
 
 from zerotune.errors import UserError
-from zerotune.freezing import GradientWatch, apply_rules, names_of
+from zerotune.model.freezing import GradientWatch, apply_rules, names_of
 
 
 def build(family):

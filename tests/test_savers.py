@@ -16,17 +16,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from zerotune.adapters import add_adapter
-from zerotune.arguments import Arguments, check_arguments
-from zerotune.deepspeed_config import check_config, read_deepspeed_config
+from zerotune.engine.deepspeed_config import check_config, read_deepspeed_config
+from zerotune.engine.optimizer import build_optimizer
+from zerotune.engine.strategy import check_device
 from zerotune.errors import UserError
-from zerotune.freezing import apply_rules, is_quantised, num_elements
-from zerotune.loss import CHUNKABLE, chunk_loss, forward_loss
-from zerotune.model import load_model
-from zerotune.optimizer import build_optimizer
-from zerotune.profiling import memory_gib
-from zerotune.quantization import quantization_config
-from zerotune.strategy import check_device
+from zerotune.model.adapters import add_adapter
+from zerotune.model.freezing import apply_rules, is_quantised, num_elements
+from zerotune.model.loading import load_model
+from zerotune.model.loss import CHUNKABLE, chunk_loss, forward_loss
+from zerotune.model.quantization import quantization_config
+from zerotune.run.arguments import Arguments, check_arguments
+from zerotune.run.profiling import memory_gib
 
 VOCABULARY = 5000
 DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, check_engine
 
-from zerotune.arguments import Arguments
+from zerotune.run.arguments import Arguments
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *(ROOT / name / "README.md" for name in ("ds_configs", "benchmarks")), *SCRIPTS]

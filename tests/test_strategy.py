@@ -9,9 +9,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from zerotune.arguments import Arguments
-from zerotune.deepspeed_config import RECORDED, SECTIONS, TOP_KEYS, autos, check_build_locks, check_config, resolve
+from zerotune.engine.deepspeed_config import RECORDED, SECTIONS, TOP_KEYS, autos, check_build_locks, check_config, resolve
 from zerotune.errors import UserError
+from zerotune.run.arguments import Arguments
 
 JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 YAMLS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

@@ -7,15 +7,15 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config
 
-from zerotune.arguments import parse_arguments
+from zerotune.engine.optimizer import build_optimizer, lr_at, parameter_groups
+from zerotune.engine.precision import PATIENCE, OverflowWatch, prepare_scaler, take_step
 from zerotune.errors import UserError
-from zerotune.evaluation import load_metrics
-from zerotune.freezing import apply_rules
-from zerotune.loss import count_targets, token_loss_sum
-from zerotune.model import enable_gradient_checkpointing, shift_right
-from zerotune.optimizer import build_optimizer, lr_at, parameter_groups
-from zerotune.precision import PATIENCE, OverflowWatch, prepare_scaler, take_step
-from zerotune.records import redact
+from zerotune.model.freezing import apply_rules
+from zerotune.model.loading import enable_gradient_checkpointing, shift_right
+from zerotune.model.loss import count_targets, token_loss_sum
+from zerotune.run.arguments import parse_arguments
+from zerotune.run.evaluation import load_metrics
+from zerotune.run.records import redact
 
 
 def rates(kind, warmup_steps=4, max_steps=10):
@@ -146,8 +146,8 @@ def test_smallest_loss_scale_is_deepspeeds():
 def test_folder_without_tokenizer_is_refused(tmp_path, tiny):
     from transformers import AutoModelForSeq2SeqLM
 
-    from zerotune.arguments import Arguments
-    from zerotune.model import load_config_and_tokenizer
+    from zerotune.model.loading import load_config_and_tokenizer
+    from zerotune.run.arguments import Arguments
 
     AutoModelForSeq2SeqLM.from_pretrained(tiny("t5")).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no tokenizer in it; give --tokenizer_name"):
@@ -217,8 +217,8 @@ def test_untied_head_of_t5_is_told_apart(tmp_path):
     """The demo's T5 1.1 keeps a head of its own, and so does a copy that is loaded while transformers declares it tied."""
     from transformers import AutoModelForSeq2SeqLM
 
-    from zerotune.demo import build_model
-    from zerotune.model import separate_weights
+    from zerotune.model.loading import separate_weights
+    from zerotune.tools.demo import build_model
 
     build_model(50, d_model=16, num_layers=1).save_pretrained(tmp_path)
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
@@ -230,7 +230,7 @@ def test_untied_head_of_t5_is_told_apart(tmp_path):
 
 
 def test_demo_data_is_split_by_module():
-    from zerotune.demo import rows_by_split
+    from zerotune.tools.demo import rows_by_split
 
     splits = rows_by_split()
     assert len(splits["train"]) > 2000 and all(len(rows) > 100 for rows in splits.values())

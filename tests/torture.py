@@ -78,7 +78,7 @@ def campaign(strategy, kills, flags, folder, generator):
     """Run one strategy to its end under `kills` kills; return a dict of what happened, with "passed"."""
     from state import state_hash
 
-    from zerotune.checkpoint import list_checkpoints
+    from zerotune.run.checkpoint import list_checkpoints
 
     log = open(folder / f"{strategy}.log", "w")  # noqa: SIM115  open for the whole campaign
     straight, tortured = folder / f"{strategy}_straight", folder / f"{strategy}_tortured"
@@ -158,7 +158,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     import zerotune.quiet  # noqa: F401
-    from zerotune.records import environment_facts
+    from zerotune.run.records import environment_facts
 
     results = []
     with tempfile.TemporaryDirectory() as name:

@@ -1,1 +1,10 @@
-"""The rooms of Zerotune: each module does one job for train.py and can be used on its own."""
+"""What train.py calls, in rooms cut by what flows through them; each imports only from those above it.
+
+    rows/    files become rows, rows become batches
+    model/   the model, and which of it learns how
+    engine/  what runs it: strategy, optimizer, precision, signals
+    run/     one run: its flags, its records, its checkpoints, what it leaves
+    tools/   commands around runs: python -m zerotune --help
+
+errors.py and quiet.py stand before the rooms and import nothing of them.
+"""

@@ -1,23 +1,21 @@
 """The embedded default: a small T5 and a real data set from what every machine with Python has, its standard library.
 
-    python -m zerotune.demo build OUTPUT_DIR
-    python -m zerotune.demo report RUN_DIR...
+    python -m zerotune demo build OUTPUT_DIR
+    python -m zerotune demo report RUN_DIR...
 
 The first writes OUTPUT_DIR/{train,validation,test}.jsonl with rows {source, target, module}: a function's source without its
 docstring, and the first sentence of the docstring; and OUTPUT_DIR/model, an untrained T5 with a BPE tokenizer trained on the
 training rows. The second prints a table over finished runs on it.
 """
 
-import zerotune.quiet  # noqa: F401  before the libraries
-
-# isort: split
 import ast
 import hashlib
 import json
 import re
-import sys
 import sysconfig
 from pathlib import Path
+
+from zerotune.errors import UserError
 
 NOT_LIBRARY = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "turtledemo"}
 VOCABULARY, MAX_SOURCE_CHARACTERS, MIN_TARGET_CHARACTERS = 4096, 1500, 10
@@ -174,11 +172,12 @@ def report(*folders):
     return [*lines, "", f'load it:    AutoModelForSeq2SeqLM.from_pretrained("{Path(folders[-1]) / "final"}")']
 
 
-if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1] == "build":
-        for split, count in build(sys.argv[2]).items():
+def main(words):
+    if len(words) == 2 and words[0] == "build":
+        for split, count in build(words[1]).items():
             print(f"{split}: {count:,} rows")
-    elif len(sys.argv) > 2 and sys.argv[1] == "report":
-        print("\n".join(report(*sys.argv[2:])))
+    elif len(words) > 1 and words[0] == "report":
+        print("\n".join(report(*words[1:])))
     else:
-        sys.exit("usage: python -m zerotune.demo build OUTPUT_DIR | report RUN_DIR...")
+        raise UserError("needs build OUTPUT_DIR, or report RUN_DIR...")
+    return 0

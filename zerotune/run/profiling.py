@@ -10,7 +10,7 @@ from collections import Counter
 
 import torch
 
-from zerotune.records import GIB
+from zerotune.run.records import GIB
 
 TRANSFER = re.compile(r"nccl|memcpy (HtoD|DtoH)", re.IGNORECASE)
 PHASES = ("data", "forward", "backward", "optimizer")

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from zerotune.errors import UserError
+from zerotune.rows import IGNORE
 
 # What happens to the head's output is known and tested for these; others may scale or cap it in ways of their own.
 CHUNKABLE = set("t5 mt5 umt5 bart mbart gpt2 llama mistral phi phi3 qwen2 qwen3 gemma gemma2".split())
-IGNORE = -100  # the label of a position that is no target; torch's cross_entropy skips it by default
 
 
 def count_targets(batch):

@@ -12,11 +12,12 @@ import evaluate as evaluate_library
 import torch
 from accelerate.utils import gather_object, send_to_device
 
-from zerotune.batches import evaluation_batches
 from zerotune.errors import UserError
-from zerotune.loss import IGNORE, forward_loss, token_loss_sum
+from zerotune.model.loss import forward_loss, token_loss_sum
+from zerotune.rows import IGNORE
+from zerotune.rows.batches import evaluation_batches
 
-METRICS = Path(__file__).resolve().parents[1] / "metrics"
+METRICS = Path(__file__).resolve().parents[2] / "metrics"
 DEFAULT_METRICS = {"seq2seq": ("rouge", "bleu"), "causal": (), "classification": ("classification",)}
 
 

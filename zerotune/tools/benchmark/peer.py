@@ -7,10 +7,10 @@ import random
 import statistics
 import sys
 
-from zerotune.cells import Cell, flag_words
-from zerotune.deepspeed_config import has_cuda
+from zerotune.engine.deepspeed_config import has_cuda
 from zerotune.errors import UserError
-from zerotune.report import ratio_of
+from zerotune.tools.benchmark.cells import Cell, flag_words
+from zerotune.tools.benchmark.report import ratio_of
 
 # glibc keeps freed blocks, so that resident memory differs by a tenth between equal runs. With larger blocks mapped one by one it
 # follows the tensors; that costs speed, so on a CPU memory is measured in runs of its own.
@@ -19,15 +19,15 @@ SETTINGS = {"equal": {"group_by_length": False}, "defaults": {}}
 
 
 def command(words):
-    return [sys.executable, "-m", "zerotune.peer_trainer", *words]
+    return [sys.executable, "-m", "zerotune.tools.benchmark.peer_trainer", *words]
 
 
 def make_models(matrix, out):
     """Return {row: flags of its model and rows}; make what is missing: the demo's rows and tokenizer, random weights."""
     import shutil
 
-    from zerotune.demo import build
-    from zerotune.synthetic import build_model
+    from zerotune.tools.demo import build
+    from zerotune.tools.synthetic import build_model
 
     demo, flags = out / "data" / "demo", {}
     if not (demo / "done").exists():

@@ -56,11 +56,11 @@ def spread(values):
 
 @lru_cache(maxsize=32)
 def flop_coefficients(words):
-    """Return zerotune.flops.coefficients for a command line of train.py, or None."""
+    """Return zerotune.tools.flops.coefficients for a command line of train.py, or None."""
     from transformers import AutoConfig
 
-    from zerotune.arguments import parse_arguments
-    from zerotune.flops import coefficients
+    from zerotune.run.arguments import parse_arguments
+    from zerotune.tools.flops import coefficients
 
     args = parse_arguments([*words, "--output_dir", "unused"])
     if args.peft:

@@ -1,17 +1,13 @@
 """The strategy that was launched: processes' backend, DeepSpeed or not, and the proof of which engine runs.
 
-`accelerate launch` names the DeepSpeed JSON in the environment. `python -m zerotune.strategy ACCELERATE.yaml NUM_PROCESSES
---flags...` checks the YAML, its JSON and train.py's flags together, without starting anything; scripts/launch.sh does so before
-each launch.
+`accelerate launch` names the DeepSpeed JSON in the environment.
 """
 
 import importlib.util
 import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-from zerotune.deepspeed_config import (
+from zerotune.engine.deepspeed_config import (
     check_config,
     choose_deepspeed_accelerator,
     has_cuda,
@@ -155,36 +151,3 @@ def distributed_backend():
     import torch.distributed
 
     return torch.distributed.get_backend() if torch.distributed.is_initialized() else None
-
-
-def check_launch(path, num_processes, flags):
-    """Raise UserError with everything wrong with an accelerate YAML, its DeepSpeed JSON and train.py's flags together."""
-    import yaml
-
-    from zerotune.arguments import parse_arguments
-
-    try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    args = parse_arguments(flags)
-    # torch takes seconds to import, and the defaults run everywhere.
-    problems = check_device(args) if args.mixed_precision != "no" or args.optim.startswith("paged") or args.liger else []
-    json_path = (content.get("deepspeed_config") or {}).get("deepspeed_config_file")
-    if json_path:
-        try:
-            config = read_deepspeed_config(json_path)
-            check_config(config, json_path, args)
-            resolve(config, json_path, args, num_processes, hidden_size=1)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(*problems)
-
-
-if __name__ == "__main__":
-    try:
-        check_launch(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
-    except UserError as error:
-        print("\n".join(f"train.py: error: {problem}" for problem in error.problems), file=sys.stderr)
-        sys.exit(2)

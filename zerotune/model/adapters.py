@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from zerotune.errors import UserError, nearest
-from zerotune.freezing import HEAD_NAMES, apply_rules, names_of
+from zerotune.model.freezing import HEAD_NAMES, apply_rules, names_of
 
 TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
 LORA_KINDS = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from zerotune.errors import UserError, nearest
-from zerotune.model import AUTO_CLASSES
+from zerotune.model.loading import AUTO_CLASSES
 
 SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>", "<s>"]  # numbers 0 to 3
 

@@ -8,9 +8,9 @@ import torch
 import transformers
 from accelerate.utils import gather_object
 
-from zerotune.adapters import adapter_state, merge, save_adapter
 from zerotune.errors import RunError
-from zerotune.model import AUTO_CLASSES
+from zerotune.model.adapters import adapter_state, merge, save_adapter
+from zerotune.model.loading import AUTO_CLASSES
 
 
 def export(accelerator, model, tokenizer, output_dir, args):

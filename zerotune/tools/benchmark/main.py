@@ -1,16 +1,13 @@
 """Measure train.py over a matrix of strategies, sets of flags and batches, each cell a run of its own in real processes.
 
-    python -m zerotune.benchmark --matrix benchmarks/quickstart.yaml --out runs/benchmark
-    python -m zerotune.benchmark --out runs/mine --strategies zero2 zero3 --repeats 5 -- --model_name_or_path ... --train_file ...
-    python -m zerotune.benchmark --peer trainer --matrix benchmarks/peer.yaml --out runs/peer     beside Hugging Face's Trainer
+    python -m zerotune benchmark --matrix benchmarks/quickstart.yaml --out runs/benchmark
+    python -m zerotune benchmark --out runs/mine --strategies zero2 zero3 --repeats 5 -- --model_name_or_path ... --train_file ...
+    python -m zerotune benchmark --peer trainer --matrix benchmarks/peer.yaml --out runs/peer     beside Hugging Face's Trainer
 
 benchmarks/README.md explains the keys of a matrix. A killed benchmark goes on with the cells that are missing. Running out of
 memory, or a refusal, is a cell's result. The folder gets results.json, table.md and plots; runs/ in it holds the log of each cell.
 """
 
-import zerotune.quiet  # noqa: F401  before the libraries
-
-# isort: split
 import argparse
 import ctypes
 import json
@@ -28,13 +25,13 @@ from pathlib import Path
 
 import yaml
 
-from zerotune import peer, report
-from zerotune.arguments import parse_arguments
-from zerotune.cells import Cell, cell_facts, flag_words
 from zerotune.errors import UserError, nearest
-from zerotune.records import environment_facts, write_json
+from zerotune.run.arguments import parse_arguments
+from zerotune.run.records import environment_facts, write_json
+from zerotune.tools.benchmark import peer, report
+from zerotune.tools.benchmark.cells import Cell, cell_facts, flag_words
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 DEFAULTS = {
     "title": "",
     "data": None,
@@ -135,13 +132,13 @@ def prepare_data(matrix, out):
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)
         if data == "demo":
-            from zerotune.demo import build
+            from zerotune.tools.demo import build
 
             build(folder)
         else:
             import torch
 
-            from zerotune.synthetic import build_model, build_rows
+            from zerotune.tools.synthetic import build_model, build_rows
 
             folder.mkdir()
             task = matrix["flags"].get("task", "seq2seq")
@@ -245,7 +242,7 @@ def peak_of(out, mixed_precision):
     path = out / f"peak_{mixed_precision}.json"
     if not path.exists():
         # In a process of its own: a CUDA context here would take memory from the cells.
-        code = f"from zerotune.hardware import peak_of_device; print(*peak_of_device({mixed_precision!r}))"
+        code = f"from zerotune.tools.hardware import peak_of_device; print(*peak_of_device({mixed_precision!r}))"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         flops, source = done.stdout.strip().splitlines()[-1].split(maxsplit=1)
         write_json(path, {"flops_per_second": float(flops), "source": source})
@@ -298,7 +295,7 @@ def write_results(matrix, out, cells, plots=False):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="python -m zerotune.benchmark", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m zerotune benchmark", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--matrix", metavar="FILE.yaml", help="what to measure; see benchmarks/README.md")
     parser.add_argument("--out", type=Path, required=True, help="results folder; one that is there is gone on with")
     parser.add_argument("--strategies", nargs="+", help="in place of the matrix's: files of accelerate_configs/ without .yaml")
@@ -311,22 +308,15 @@ def parse(argv):
     return args
 
 
-def main(argv=None):
-    args = parse(sys.argv[1:] if argv is None else argv)
+def main(words):
+    args = parse(words)
     try:
         matrix = read_matrix(args)
         claim_folder(args.out, matrix)
         results = run_matrix(matrix, args.out)
-    except UserError as error:
-        print("\n".join(f"benchmark: error: {problem}" for problem in error.problems), file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on with what is missing in {args.out}", file=sys.stderr)
         return 130
     print((args.out / "table.md").read_text())
     failed = statistics.fmean(cell["status"] == "ok" for cell in results["cells"]) == 0
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from zerotune import manifest
-from zerotune.deepspeed_config import uses_nvme
+from zerotune.engine.deepspeed_config import uses_nvme
+from zerotune.engine.optimizer import replay_bias_correction
 from zerotune.errors import UserError
-from zerotune.optimizer import replay_bias_correction
+from zerotune.run import manifest
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
 DEEPSPEED_TAG = "deepspeed"  # DeepSpeed's files lie in a sub-folder of this name

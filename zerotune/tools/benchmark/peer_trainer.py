@@ -1,8 +1,8 @@
 """Train with Hugging Face's Seq2SeqTrainer or Trainer under train.py's flags, and leave the same records, for a comparison.
 
-    python -m zerotune.peer_trainer --model_name_or_path DIR --train_file rows.jsonl --output_dir runs/peer --max_steps 20
+    python -m zerotune.tools.benchmark.peer_trainer --model_name_or_path DIR --train_file rows.jsonl --output_dir ... --max_steps 20
 
-One process. The rows are tokenised by zerotune.data, so that both sides see the same tokens; all else is transformers' own.
+One process. The rows are tokenised by zerotune.rows.data, so that both sides see the same tokens; all else is transformers' own.
 """
 
 import zerotune.quiet  # noqa: F401  before the libraries
@@ -26,14 +26,14 @@ from transformers import (
     set_seed,
 )
 
-from zerotune import records
-from zerotune.arguments import parse_arguments
-from zerotune.batches import rows_of_step
-from zerotune.collation import TERMS, count_tokens, shape_terms
-from zerotune.data import Data
 from zerotune.errors import UserError
-from zerotune.freezing import apply_rules
-from zerotune.model import AUTO_CLASSES, load_config_and_tokenizer, max_positions
+from zerotune.model.freezing import apply_rules
+from zerotune.model.loading import AUTO_CLASSES, load_config_and_tokenizer, max_positions
+from zerotune.rows.batches import rows_of_step
+from zerotune.rows.collation import TERMS, count_tokens, shape_terms
+from zerotune.rows.data import Data
+from zerotune.run import records
+from zerotune.run.arguments import parse_arguments
 
 SAME_NAMES = (
     "per_device_train_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay optim "

@@ -24,7 +24,7 @@ from pip._vendor.packaging.version import InvalidVersion, Version
 
 from zerotune.errors import RunError, UserError, nearest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PLATFORM = re.compile(
     r"(manylinux(?:1|2010|2014|_2_\d+)|linux)_(x86_64|aarch64|ppc64le|s390x)|(macosx_\d+_\d+)_(x86_64|arm64)|(win)_(amd64|arm64)"
 )
@@ -238,14 +238,9 @@ def collect(words, given):
     print("python3 -m pip install --no-index --no-deps --find-links", shlex.join([str(folder), "-r", str(result)]))
 
 
-if __name__ == "__main__":
+def main(words):
     try:
-        collect(sys.argv[1:], os.environ)
-    except UserError as error:
-        print("\n".join(f"wheelhouse: {problem}" for problem in error.problems), file=sys.stderr)
-        sys.exit(error.code)
+        collect(words, os.environ)
     except OSError as error:
-        print(f"wheelhouse: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        raise UserError(str(error)) from None
+    return 0

@@ -14,9 +14,9 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from zerotune.adapters import add_tokens
 from zerotune.errors import UserError
-from zerotune.quantization import prepare_quantized
+from zerotune.model.adapters import add_tokens
+from zerotune.model.quantization import prepare_quantized
 
 AUTO_CLASSES = {
     "seq2seq": AutoModelForSeq2SeqLM,

@@ -1,12 +1,13 @@
 """The peak FLOP/s that MFU is a share of: data sheets of known GPUs, elsewhere the best of some matrix products.
 
-python -m zerotune.hardware bf16      prints the number for this machine
+python -m zerotune hardware bf16      prints the number for this machine
 """
 
-import sys
 import time
 
 import torch
+
+from zerotune.errors import UserError
 
 # Dense FLOP/s of one GPU in bf16/fp16 with float32 accumulation, from NVIDIA's data sheets (without sparsity); longer names first.
 KNOWN = {
@@ -60,5 +61,8 @@ def peak_of_device(mixed_precision):
     )
 
 
-if __name__ == "__main__":
-    print(*peak_of_device(sys.argv[1]))
+def main(words):
+    if len(words) != 1 or words[0] not in DTYPES:
+        raise UserError(f"needs one of {', '.join(DTYPES)}, the --mixed_precision")
+    print(*peak_of_device(words[0]))
+    return 0

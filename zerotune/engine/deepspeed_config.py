@@ -73,7 +73,7 @@ def read_deepspeed_config(path):
     A relative path that is not under the working folder is one of this repository's (accelerate_configs/*.yaml name them so).
     """
     try:
-        file = Path(path) if Path(path).exists() else Path(__file__).resolve().parents[1] / path
+        file = Path(path) if Path(path).exists() else Path(__file__).resolve().parents[2] / path
         config = json.loads(file.read_text())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; the accelerate YAML's deepspeed_config_file names it") from None
@@ -247,8 +247,8 @@ def resolve(config, name, args, num_processes, hidden_size):
         offload = section(zero, kind)
         if offload.get("nvme_path") == "auto":
             offload["nvme_path"] = os.environ["NVME_PATH"]
-    # The optimizer comes from zerotune/optimizer.py, DeepSpeedCPUAdam included. Unless this is false, accelerate builds another
-    # one in its place under offload, and only knows torch's AdamW as decoupled: the weight decay would become an L2 penalty.
+    # The optimizer comes from engine/optimizer.py, DeepSpeedCPUAdam included. Unless this is false, accelerate builds another one
+    # in its place under offload, and only knows torch's AdamW as decoupled: the weight decay would become an L2 penalty.
     config["zero_force_ds_cpu_optimizer"] = False
     problems += [f'{name}: no rule resolves "auto" at {place}; write a value' for place in autos(config)]
     if problems:

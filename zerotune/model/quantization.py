@@ -7,7 +7,7 @@
 import torch
 
 from zerotune.errors import UserError
-from zerotune.freezing import HEAD_NAMES
+from zerotune.model.freezing import HEAD_NAMES
 
 # Found by trying every encoder-decoder kind of transformers 5.23 with bitsandbytes 0.50.
 NARROWED = "its feed-forward layers convert activations to the type of their weights, which are codes then"

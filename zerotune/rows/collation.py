@@ -2,8 +2,8 @@
 
 import torch
 
-from zerotune.batches import deal, rows_of_step
-from zerotune.loss import IGNORE
+from zerotune.rows import IGNORE
+from zerotune.rows.batches import deal, rows_of_step
 
 
 class Collator:

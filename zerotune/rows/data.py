@@ -23,8 +23,8 @@ import datasets
 import numpy as np
 
 from zerotune.errors import UserError, nearest
-from zerotune.files import read_rows
-from zerotune.loss import IGNORE
+from zerotune.rows import IGNORE
+from zerotune.rows.files import read_rows
 
 FORMAT = 3  # of the cached rows: raise it when encode() changes what it writes
 FLAGS_OF_ROWS = (

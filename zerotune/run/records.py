@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from zerotune.collation import TERMS, count_tokens, shape_terms
 from zerotune.errors import UserError, nearest
+from zerotune.rows.collation import TERMS, count_tokens, shape_terms
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "evaluate", "peft")
 SECRET = re.compile(r"(token|secret|password|api_?key)(?!izer|s_)", re.IGNORECASE)
@@ -57,7 +57,7 @@ def environment_facts():
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     describe = ["git", "-C", root, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]  # -dirty: changes beside it
     commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {os.cpu_count()} cores"
@@ -176,7 +176,7 @@ class Window:
     """Sums over the steps since the last record; tensors stay on the device until `record` reads them, once."""
 
     def __init__(self, accelerator, with_shapes=False):
-        """with_shapes: add `shape_terms`, from which zerotune.flops gets FLOPs, to the records."""
+        """with_shapes: add `shape_terms`, from which zerotune.tools.flops gets FLOPs, to the records."""
         self.accelerator, self.with_shapes = accelerator, with_shapes
         self.restart()
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from zerotune.collation import terms_of
-from zerotune.freezing import apply_rules
-from zerotune.loss import token_loss_sum
-from zerotune.model import AUTO_CLASSES
+from zerotune.model.freezing import apply_rules
+from zerotune.model.loading import AUTO_CLASSES
+from zerotune.model.loss import token_loss_sum
+from zerotune.rows.collation import terms_of
 
 # More shapes than terms: if the counts are no such polynomial (a model that drops tokens, say), the fit shows it.
 SHAPES = [(1, 8, 8), (1, 16, 8), (1, 32, 8), (1, 8, 16), (1, 8, 32), (1, 16, 16), (2, 24, 32), (3, 40, 24)]
