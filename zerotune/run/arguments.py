@@ -6,137 +6,225 @@ decides (stage, offload, number of processes) is no flag.
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from transformers import HfArgumentParser
+from zerotune.errors import UserError
+from zerotune.run.parsing import (
+    BELOW_ONE,
+    CONTENT,
+    HARMLESS,
+    MATHEMATICS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    ROWS,
+    SHARE,
+    flag,
+    out_of_range,
+    parse,
+)
 
-from zerotune.errors import UserError, nearest
-
-
-def flag(default, help, **extra):
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **extra})
-    return field(default=default, metadata={"help": help, **extra})
+POSITIVE_OR_MINUS_ONE = (lambda value: value == -1 or value > 0, "must be greater than 0, or -1")
 
 
 @dataclass
 class ModelArguments:
-    _argument_group_name = "model"
-    model_name_or_path: str | None = flag(None, "Folder with a saved model, or a hub name. Required.")
-    tokenizer_name: str | None = flag(None, "Folder or hub name of the tokenizer, if it is not beside the model.")
-    task: Literal["seq2seq", "causal", "classification"] = flag("seq2seq", "What is learned, and so which AutoModel class.")
-    trust_remote_code: bool = flag(False, "Run Python code that a hub repository brings along.")
+    title = "model"
+    model_name_or_path: str | None = flag(None, "Folder with a saved model, or a hub name. Required.", CONTENT, unit="dir")
+    tokenizer_name: str | None = flag(
+        None, "Folder or hub name of the tokenizer, if it is not beside the model.", CONTENT, unit="dir"
+    )
+    task: Literal["seq2seq", "causal", "classification"] = flag(
+        "seq2seq", "What is learned, and so which AutoModel class.", MATHEMATICS, ROWS
+    )
+    trust_remote_code: bool = flag(False, "Run Python code that a hub repository brings along.", HARMLESS)
 
 
 @dataclass
 class DataArguments:
-    _argument_group_name = "data"
-    train_file: str | None = flag(None, "Training rows: .json, .jsonl, .csv, .tsv, .parquet or .txt (one row a line).")
-    validation_file: str | None = flag(None, "Rows evaluated every eval_steps and at the end; a format as above.")
-    test_file: str | None = flag(None, "Rows evaluated once at the end, with predictions.jsonl; a format as above.")
-    dataset_name: str | None = flag(None, "Hub data set, in place of files; its splits are train, validation and test.")
-    dataset_config_name: str | None = flag(None, "Configuration of the hub data set.")
-    source_column: str = flag("source", "Column of the input text (seq2seq, causal pairs).")
-    target_column: str = flag("target", "Column of the text to generate (seq2seq, causal pairs).")
+    title = "data"
+    train_file: str | None = flag(
+        None, "Training rows: .json, .jsonl, .csv, .tsv, .parquet or .txt (one row a line).", CONTENT, unit="file"
+    )
+    validation_file: str | None = flag(
+        None, "Rows evaluated every eval_steps and at the end; a format as above.", HARMLESS, unit="file"
+    )
+    test_file: str | None = flag(
+        None, "Rows evaluated once at the end, with predictions.jsonl; a format as above.", HARMLESS, unit="file"
+    )
+    dataset_name: str | None = flag(None, "Hub data set, in place of files; its splits are train, validation and test.", CONTENT)
+    dataset_config_name: str | None = flag(None, "Configuration of the hub data set.", CONTENT)
+    source_column: str = flag("source", "Column of the input text (seq2seq, causal pairs).", ROWS)
+    target_column: str = flag("target", "Column of the text to generate (seq2seq, causal pairs).", ROWS)
     text_column: str | None = flag(
-        None, "Column of the text: classification (default: text), or causal rows that are one text, all of it learned."
+        None, "Column of the text: classification (default: text), or causal rows that are one text, all of it learned.", ROWS
     )
-    label_column: str = flag("label", "Column of the class (classification).")
+    label_column: str = flag("label", "Column of the class (classification).", ROWS)
     labels: list[str] = flag(
-        [], "The classes, in the order of their numbers (classification; default: the training file's, sorted)."
+        [], "The classes, in the order of their numbers (classification; default: the training file's, sorted).", CONTENT
     )
-    source_prefix: str = flag("", "Text put before each source, e.g. 'summarize: '.")
-    source_suffix: str | None = flag(None, "Text put after each source. Default: nothing; for causal pairs a line break.")
-    source_lang: str | None = flag(None, "Language code of the sources, for tokenizers that want one (mBART: en_XX).")
-    target_lang: str | None = flag(None, "Language code of the targets, likewise.")
-    max_source_length: int = flag(512, "Longest source (or one-text row), in tokens; longer ones are truncated and counted.")
-    max_target_length: int = flag(128, "Longest target, in tokens; longer ones are truncated and counted.")
-    skip_bad_rows: bool = flag(False, "Leave malformed rows out and count them in run.json, instead of stopping.")
-    preprocessing_num_workers: int = flag(1, "Processes that tokenise, on each node.")
-    group_by_length: bool = flag(True, "Sort the rows of an optimizer step by length before they are cut into micro-batches.")
-    dataloader_num_workers: int = flag(0, "Processes a rank that collate batches ahead of the step; 0: in the loop.")
+    source_prefix: str = flag("", "Text put before each source, e.g. 'summarize: '.", ROWS)
+    source_suffix: str | None = flag(None, "Text put after each source. Default: nothing; for causal pairs a line break.", ROWS)
+    source_lang: str | None = flag(None, "Language code of the sources, for tokenizers that want one (mBART: en_XX).", ROWS)
+    target_lang: str | None = flag(None, "Language code of the targets, likewise.", ROWS)
+    max_source_length: int = flag(
+        512,
+        "Longest source (or one-text row), in tokens; longer ones are truncated and counted.",
+        ROWS,
+        range=POSITIVE,
+        unit="tokens",
+    )
+    max_target_length: int = flag(
+        128, "Longest target, in tokens; longer ones are truncated and counted.", ROWS, range=POSITIVE, unit="tokens"
+    )
+    skip_bad_rows: bool = flag(False, "Leave malformed rows out and count them in run.json, instead of stopping.", CONTENT)
+    preprocessing_num_workers: int = flag(1, "Processes that tokenise, on each node.", HARMLESS, range=POSITIVE, unit="processes")
+    group_by_length: bool = flag(
+        True, "Sort the rows of an optimizer step by length before they are cut into micro-batches.", MATHEMATICS
+    )
+    dataloader_num_workers: int = flag(
+        0,
+        "Processes a rank that collate batches ahead of the step; 0: in the loop.",
+        HARMLESS,
+        range=NOT_NEGATIVE,
+        unit="processes",
+    )
 
 
 @dataclass
 class FreezingArguments:
-    _argument_group_name = "freezing"
+    title = "freezing"
     freeze: list[str] = flag(
         [],
         "Rules applied in order: all, encoder, decoder, embeddings, backbone, head, encoder.layers[:6], layers[-2:], re:PATTERN.",
+        MATHEMATICS,
+        unit="rule",
     )
-    unfreeze: list[str] = flag([], "Rules applied in order after --freeze.")
-    allow_unused: bool = flag(False, "Go on if a trainable parameter has had no gradient after the first step.")
+    unfreeze: list[str] = flag([], "Rules applied in order after --freeze.", MATHEMATICS, unit="rule")
+    allow_unused: bool = flag(False, "Go on if a trainable parameter has had no gradient after the first step.", HARMLESS)
 
 
 @dataclass
 class AdapterArguments:
-    _argument_group_name = "adapters"
+    title = "adapters"
     peft: Literal["lora", "dora", "rslora", "adalora", "ia3", "prefix", "prompt", "trainable_tokens"] | None = flag(
-        None, "Freeze the model and train a peft adapter of this kind; --unfreeze names what else learns."
+        None, "Freeze the model and train a peft adapter of this kind; --unfreeze names what else learns.", MATHEMATICS
     )
-    lora_r: int = flag(16, "Rank (lora, dora, rslora); adalora: the mean rank at the end, from 1.5 times it.")
-    lora_alpha: int = flag(32, "Scale: the update is multiplied by lora_alpha / lora_r (rslora: / sqrt(lora_r)).")
-    lora_dropout: float = flag(0.0, "Dropout before the adapter.")
-    target_modules: list[str] = flag([], "Modules that get one: names, or all-linear. Default: peft's choice for the family.")
-    modules_to_save: list[str] = flag([], "Modules that learn as a whole and are saved with the adapter.")
-    num_virtual_tokens: int = flag(20, "Length of the prefix or prompt.")
-    trainable_tokens: list[str] = flag([], "Tokens whose embeddings learn; ones that the tokenizer lacks are added.")
+    lora_r: int = flag(
+        16, "Rank (lora, dora, rslora); adalora: the mean rank at the end, from 1.5 times it.", MATHEMATICS, range=POSITIVE
+    )
+    lora_alpha: int = flag(
+        32, "Scale: the update is multiplied by lora_alpha / lora_r (rslora: / sqrt(lora_r)).", MATHEMATICS, range=POSITIVE
+    )
+    lora_dropout: float = flag(0.0, "Dropout before the adapter.", MATHEMATICS, range=BELOW_ONE)
+    target_modules: list[str] = flag(
+        [], "Modules that get one: names, or all-linear. Default: peft's choice for the family.", MATHEMATICS
+    )
+    modules_to_save: list[str] = flag([], "Modules that learn as a whole and are saved with the adapter.", MATHEMATICS)
+    num_virtual_tokens: int = flag(20, "Length of the prefix or prompt.", MATHEMATICS, range=POSITIVE, unit="tokens")
+    trainable_tokens: list[str] = flag([], "Tokens whose embeddings learn; ones that the tokenizer lacks are added.", MATHEMATICS)
     quantize: Literal["nf4", "fp4", "int8"] | None = flag(
-        None, "Keep the frozen base in 4 or 8 bits (bitsandbytes); needs --peft or --unfreeze."
+        None, "Keep the frozen base in 4 or 8 bits (bitsandbytes); needs --peft or --unfreeze.", MATHEMATICS
     )
-    double_quant: bool = flag(False, "Quantise the scales of nf4 and fp4 as well: 0.4 bits a weight less.")
-    merge_adapter: bool = flag(False, "Also write merged/: the whole model with the adapter in its weights.")
+    double_quant: bool = flag(False, "Quantise the scales of nf4 and fp4 as well: 0.4 bits a weight less.", MATHEMATICS)
+    merge_adapter: bool = flag(False, "Also write merged/: the whole model with the adapter in its weights.", HARMLESS)
 
 
 @dataclass
 class LearningArguments:
-    _argument_group_name = "learning"
-    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Arithmetic of forward and backward; no: float32.")
-    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass instead of keeping them.")
-    liger: bool = flag(False, "Triton kernels of liger-kernel for norms, rotary positions and gated layers; needs CUDA.")
-    loss_chunks: int = flag(0, "Head and cross-entropy run over N pieces: no logits of all tokens at once; 0: whole.")
-    per_device_train_batch_size: int = flag(8, "Rows of one forward/backward on one process.")
-    per_device_eval_batch_size: int = flag(8, "Rows of one evaluation batch on one process.")
-    gradient_accumulation_steps: int = flag(1, "Forward/backward passes per optimizer step.")
-    num_train_epochs: float = flag(3.0, "Passes over the training rows, unless max_steps is given.")
-    max_steps: int = flag(-1, "Optimizer steps; -1: from num_train_epochs.")
-    learning_rate: float = flag(5e-5, "Peak learning rate.")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = flag("linear", "Shape of the learning rate after warm-up.")
-    warmup_steps: int = flag(0, "Optimizer steps of linear warm-up.")
-    warmup_ratio: float = flag(0.0, "Warm-up as a share of all steps (0 to 1), in place of warmup_steps.")
-    weight_decay: float = flag(0.0, "Decoupled weight decay; biases and normalisation weights have none.")
-    optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
-        flag("adamw_torch_fused", "Optimizer; 8 bits: states of 2 bytes a parameter; paged: states leave a full GPU for the host.")
+    title = "learning"
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Arithmetic of forward and backward; no: float32.", MATHEMATICS)
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass instead of keeping them.", HARMLESS)
+    liger: bool = flag(False, "Triton kernels of liger-kernel for norms, rotary positions and gated layers; needs CUDA.", HARMLESS)
+    loss_chunks: int = flag(
+        0, "Head and cross-entropy run over N pieces: no logits of all tokens at once; 0: whole.", HARMLESS, range=NOT_NEGATIVE
     )
-    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this L2 norm; 0: never.")
-    seed: int = flag(42, "Seed of the data order, dropout and new weights.")
+    per_device_train_batch_size: int = flag(
+        8, "Rows of one forward/backward on one process.", MATHEMATICS, range=POSITIVE, unit="rows"
+    )
+    per_device_eval_batch_size: int = flag(8, "Rows of one evaluation batch on one process.", HARMLESS, range=POSITIVE, unit="rows")
+    gradient_accumulation_steps: int = flag(
+        1, "Forward/backward passes per optimizer step.", MATHEMATICS, range=POSITIVE, unit="steps"
+    )
+    num_train_epochs: float = flag(
+        3.0, "Passes over the training rows, unless max_steps is given.", CONTENT, range=POSITIVE, unit="epochs"
+    )
+    max_steps: int = flag(-1, "Optimizer steps; -1: from num_train_epochs.", CONTENT, range=POSITIVE_OR_MINUS_ONE, unit="steps")
+    learning_rate: float = flag(5e-5, "Peak learning rate.", MATHEMATICS, range=NOT_NEGATIVE)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = flag(
+        "linear", "Shape of the learning rate after warm-up.", MATHEMATICS
+    )
+    warmup_steps: int = flag(0, "Optimizer steps of linear warm-up.", CONTENT, range=NOT_NEGATIVE, unit="steps")
+    warmup_ratio: float = flag(0.0, "Warm-up as a share of all steps (0 to 1), in place of warmup_steps.", CONTENT, range=SHARE)
+    weight_decay: float = flag(
+        0.0, "Decoupled weight decay; biases and normalisation weights have none.", MATHEMATICS, range=NOT_NEGATIVE
+    )
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
+        flag(
+            "adamw_torch_fused",
+            "Optimizer; 8 bits: states of 2 bytes a parameter; paged: states leave a full GPU for the host.",
+            MATHEMATICS,
+        )
+    )
+    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this L2 norm; 0: never.", MATHEMATICS, range=NOT_NEGATIVE)
+    seed: int = flag(42, "Seed of the data order, dropout and new weights.", MATHEMATICS, range=NOT_NEGATIVE)
 
 
 @dataclass
 class RunArguments:
-    _argument_group_name = "run"
-    output_dir: str | None = flag(None, "Folder of run.json, metrics.jsonl, checkpoint-<step>/ and final/. Required.")
-    profile_steps: int = flag(0, "Time the phases of the last N steps but one, trace and count memory in the very last; 0: none.")
-    logging_steps: int = flag(10, "Optimizer steps between training records.")
-    eval_steps: int = flag(0, "Optimizer steps between evaluations; 0: at the end only.")
-    save_steps: int = flag(500, "Optimizer steps between checkpoints, and one at the end; 0: none.")
-    save_total_limit: int = flag(2, "Newest checkpoints kept.")
+    title = "run"
+    output_dir: str | None = flag(
+        None, "Folder of run.json, metrics.jsonl, checkpoint-<step>/ and final/. Required.", HARMLESS, unit="dir"
+    )
+    profile_steps: int = flag(
+        0,
+        "Time the phases of the last N steps but one, trace and count memory in the very last; 0: none.",
+        HARMLESS,
+        range=NOT_NEGATIVE,
+        unit="steps",
+    )
+    logging_steps: int = flag(10, "Optimizer steps between training records.", HARMLESS, range=POSITIVE, unit="steps")
+    eval_steps: int = flag(
+        0, "Optimizer steps between evaluations; 0: at the end only.", HARMLESS, range=NOT_NEGATIVE, unit="steps"
+    )
+    save_steps: int = flag(
+        500, "Optimizer steps between checkpoints, and one at the end; 0: none.", HARMLESS, range=NOT_NEGATIVE, unit="steps"
+    )
+    save_total_limit: int = flag(2, "Newest checkpoints kept.", HARMLESS, range=POSITIVE, unit="checkpoints")
     resume_from_checkpoint: str = flag(
-        "auto", "auto: the newest checkpoint in output_dir, if there is one; none: start at step 0; or a checkpoint's folder."
+        "auto",
+        "auto: the newest checkpoint in output_dir, if there is one; none: start at step 0; or a checkpoint's folder.",
+        HARMLESS,
     )
-    max_bad_steps: int = flag(5, "Steps in a row with a non-finite loss or gradient, each skipped, after which the run stops.")
+    max_bad_steps: int = flag(
+        5,
+        "Steps in a row with a non-finite loss or gradient, each skipped, after which the run stops.",
+        HARMLESS,
+        range=POSITIVE,
+        unit="steps",
+    )
     hang_timeout_seconds: float = flag(
-        600.0, "Seconds without a step or save on a rank after which the job is ended with all stacks."
+        600.0,
+        "Seconds without a step or save on a rank after which the job is ended with all stacks.",
+        HARMLESS,
+        range=POSITIVE,
+        unit="seconds",
     )
-    overwrite_output_dir: bool = flag(False, "With --resume_from_checkpoint none: start over in a folder that holds a run.")
-    predict_with_generate: bool = flag(True, "Generate in evaluations of validation_file, for ROUGE and BLEU; false: loss alone.")
-    generation_max_length: int | None = flag(None, "Longest generated text, in tokens. Default: max_target_length.")
-    generation_num_beams: int = flag(1, "Beams of generation; 1: greedy.")
-    metric: list[str] = flag([], "Metrics for evaluate.load: a local module or a hub name. Default: the task's own, in metrics/.")
-    report_to: str = flag("none", "Tracker known to accelerate: tensorboard, wandb, ...; none: metrics.jsonl alone.")
+    overwrite_output_dir: bool = flag(
+        False, "With --resume_from_checkpoint none: start over in a folder that holds a run.", HARMLESS
+    )
+    predict_with_generate: bool = flag(
+        True, "Generate in evaluations of validation_file, for ROUGE and BLEU; false: loss alone.", HARMLESS
+    )
+    generation_max_length: int | None = flag(
+        None, "Longest generated text, in tokens. Default: max_target_length.", HARMLESS, range=POSITIVE, unit="tokens"
+    )
+    generation_num_beams: int = flag(1, "Beams of generation; 1: greedy.", HARMLESS, range=POSITIVE, unit="beams")
+    metric: list[str] = flag(
+        [], "Metrics for evaluate.load: a local module or a hub name. Default: the task's own, in metrics/.", HARMLESS
+    )
+    report_to: str = flag("none", "Tracker known to accelerate: tensorboard, wandb, ...; none: metrics.jsonl alone.", HARMLESS)
 
 
 GROUPS = (ModelArguments, DataArguments, FreezingArguments, AdapterArguments, LearningArguments, RunArguments)
@@ -147,55 +235,10 @@ class Arguments(*reversed(GROUPS)):
     """All flags in one typed object, e.g. args.learning_rate."""
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-def config_tokens(path, known):
-    """Return the flags of a YAML file as command-line words; raise UserError for keys that are no flags."""
-    try:
-        # BaseLoader keeps every scalar as it is written: 'no' stays the word no, 1e-4 stays a number for argparse to read.
-        content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader) or {}
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: must hold one 'flag: value' a line")
-    unknown = [f"--config {path}: {key!r} is no flag of train.py{nearest(key, known)}" for key in content if key not in known]
-    if unknown:
-        raise UserError(*unknown)
-    tokens = []
-    for key, value in content.items():
-        if isinstance(value, list):
-            tokens += [f"--{key}", *value] if value else []
-        else:
-            tokens.append(f"--{key}={value}")
-    return tokens
-
-
 def parse_arguments(argv=None):
     """Return the Arguments of a command line (default: sys.argv[1:]); raise UserError with every mistake in it."""
-    parser = _Parser(
-        GROUPS,
-        prog="train.py",
-        usage="train.py --model_name_or_path DIR --train_file FILE --output_dir DIR [--flag VALUE ...]",
-        description="Fine-tune a Hugging Face model.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="Flags from a YAML file; the command line wins.")
-    argv = sys.argv[1:] if argv is None else argv
-    known = [action.dest for action in parser._actions if action.dest != "help"]
-    config = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].config
-    namespace, rest = parser.parse_known_args((config_tokens(config, set(known) - {"config"}) if config else []) + argv)
-    if rest:
-        names = [word.split("=")[0] for word in rest if word.startswith("--")] or rest
-        raise UserError(*(f"{name}: no flag of train.py{nearest(name, [f'--{k}' for k in known])}" for name in names))
-    values = vars(namespace)
-    values.pop("config")
-    args = Arguments(**values)
-    problems = check_arguments(args)
+    args = Arguments(**parse(GROUPS, sys.argv[1:] if argv is None else argv))
+    problems = out_of_range(args) + check_arguments(args)
     if problems:
         raise UserError(*problems)
     return args
@@ -210,10 +253,6 @@ def check_savers(args):
             problems.append(problem)
 
     kind = args.peft
-    need(args.lora_r > 0, f"--lora_r {args.lora_r}: must be greater than 0")
-    need(args.lora_alpha > 0, f"--lora_alpha {args.lora_alpha}: must be greater than 0")
-    need(0 <= args.lora_dropout < 1, f"--lora_dropout {args.lora_dropout}: must be at least 0 and below 1")
-    need(args.num_virtual_tokens > 0, f"--num_virtual_tokens {args.num_virtual_tokens}: must be greater than 0")
     for name in ("target_modules", "modules_to_save", "merge_adapter"):
         need(kind or not getattr(args, name), f"--{name}: is for adapters; give --peft as well")
     need(
@@ -273,21 +312,7 @@ def check_arguments(args):
         if path:
             need(os.access(path, os.R_OK) and Path(path).is_file(), f"--{name} {path}: no such file, or not readable")
             need(Path(path).suffix in DATA_SUFFIXES, f"--{name} {path}: the ending must be one of {' '.join(DATA_SUFFIXES)}")
-    positive = (
-        "max_source_length max_target_length preprocessing_num_workers per_device_train_batch_size per_device_eval_batch_size "
-        "gradient_accumulation_steps num_train_epochs logging_steps save_total_limit generation_num_beams "
-        "max_bad_steps hang_timeout_seconds"
-    )
-    for name in positive.split():
-        need(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: must be greater than 0")
-    not_negative = "learning_rate warmup_steps weight_decay max_grad_norm eval_steps save_steps dataloader_num_workers seed "
-    not_negative += "profile_steps loss_chunks"
-    for name in not_negative.split():
-        need(getattr(args, name) >= 0, f"--{name} {getattr(args, name)}: must not be negative")
     need(not args.loss_chunks or args.task != "classification", "--loss_chunks: a classifier has no logits of a vocabulary")
-    need(args.generation_max_length is None or args.generation_max_length > 0, "--generation_max_length: must be greater than 0")
-    need(args.max_steps == -1 or args.max_steps > 0, f"--max_steps {args.max_steps}: must be greater than 0, or -1")
-    need(0 <= args.warmup_ratio <= 1, f"--warmup_ratio {args.warmup_ratio}: must be between 0 and 1")
     need(bool(args.source_lang) == bool(args.target_lang), "--source_lang and --target_lang go together; give both or none")
     need(not (args.warmup_ratio and args.warmup_steps), "--warmup_ratio and --warmup_steps are both given; give one")
     if args.output_dir:

@@ -1,0 +1,138 @@
+"""From dataclasses of flags to a command line: what a flag is declared with, and how words become its value.
+
+A flag's declaration is the one home of what is known about it: default, help, unit, range, and what it decides. Nothing but the
+standard library is imported here, so that --help and a wrong flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import re
+import types
+import typing
+from pathlib import Path
+
+from zerotune.errors import UserError, nearest
+
+# What a flag decides, which is what a resumed run must not change without saying so.
+MATHEMATICS = "mathematics"  # the update: its value is compared
+ROWS = "rows"  # the tokenised rows: it goes into their digest, which is compared
+CONTENT = "content"  # what it leads to is compared: a file's content, a model's weights, a number of steps
+HARMLESS = "harmless"  # logs, evaluates, saves, spares memory or time: never compared
+
+# What a number has to be: (test, words)
+POSITIVE = (lambda value: value > 0, "must be greater than 0")
+NOT_NEGATIVE = (lambda value: value >= 0, "must not be negative")
+SHARE = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
+BELOW_ONE = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+
+
+def flag(default, help, *decides, range=None, unit=None):
+    """Return a dataclass field for a flag; decides: one or two of the words above, without which it is no flag."""
+    if not decides:
+        raise TypeError("a flag says what it decides: MATHEMATICS, ROWS, CONTENT or HARMLESS")
+    metadata = {"help": help, "decides": decides, "range": range, "unit": unit}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def names_deciding(dataclass, what):
+    """Return the names of the flags that decide MATHEMATICS, ROWS, CONTENT or nothing (HARMLESS), in their order."""
+    return [field.name for field in dataclasses.fields(dataclass) if what in field.metadata["decides"]]
+
+
+def out_of_range(args):
+    """Return a line for each flag whose value is outside the range that it is declared with."""
+    problems = []
+    for field in dataclasses.fields(args):
+        value, allowed = getattr(args, field.name), field.metadata["range"]
+        if allowed and value is not None and not allowed[0](value):
+            problems.append(f"--{field.name} {value}: {allowed[1]}")
+    return problems
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def truth(word):
+    if word.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if word.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{word!r} is none of true, false")
+
+
+def add_flags(parser, group):
+    """Add a dataclass's flags to the parser: a word each, several for a list, none or true/false (and --no_...) for a bool."""
+    box = parser.add_argument_group(group.title)
+    hints = typing.get_type_hints(group)
+    for field in dataclasses.fields(group):
+        kind, choices = hints[field.name], None
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:  # X | None
+            kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        help = field.metadata["help"].replace("%", "%%") + ("" if default in (None, []) else f" (default: {default})")
+        if kind is bool:
+            box.add_argument(f"--{field.name}", type=truth, nargs="?", const=True, default=default, metavar="BOOL", help=help)
+            if default:
+                box.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", default=default, help="The contrary.")
+            continue
+        several = typing.get_origin(kind) is list
+        if several:
+            (kind,) = typing.get_args(kind)
+        if typing.get_origin(kind) is typing.Literal:
+            kind, choices = str, typing.get_args(kind)
+        unit = field.metadata["unit"] or {int: "N", float: "X", str: "TEXT"}[kind]
+        shown = None if choices else unit.upper()
+        nargs = "+" if several else None
+        box.add_argument(f"--{field.name}", type=kind, nargs=nargs, choices=choices, default=default, metavar=shown, help=help)
+
+
+def config_words(path, known):
+    """Return the flags of a YAML file as command-line words; raise UserError for keys that are no flags."""
+    import yaml
+
+    try:
+        # BaseLoader keeps every scalar as it is written: 'no' stays the word no, 1e-4 stays a number for argparse to read.
+        content = yaml.load(Path(path).read_text(), Loader=yaml.BaseLoader) or {}
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: must hold one 'flag: value' a line")
+    unknown = [f"--config {path}: {key!r} is no flag of train.py{nearest(key, known)}" for key in content if key not in known]
+    if unknown:
+        raise UserError(*unknown)
+    words = []
+    for key, value in content.items():
+        if isinstance(value, list):
+            words += [f"--{key}", *value] if value else []
+        else:
+            words.append(f"--{key}={value}")
+    return words
+
+
+def parse(groups, words):
+    """Return {flag: value} of a command line; raise UserError for words that are no flags or no values of theirs."""
+    parser = Parser(
+        prog="train.py",
+        usage="train.py --model_name_or_path DIR --train_file FILE --output_dir DIR [--flag VALUE ...]",
+        description="Fine-tune a Hugging Face model.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="Flags from a YAML file; the command line wins.")
+    for group in groups:
+        add_flags(parser, group)
+    # --learning-rate is --learning_rate
+    words = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
+    known = [action.dest for action in parser._actions if action.dest != "help"]
+    config = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0].config
+    values, rest = parser.parse_known_args((config_words(config, set(known) - {"config"}) if config else []) + words)
+    if rest:
+        names = [word.split("=")[0] for word in rest if word.startswith("--")] or rest
+        raise UserError(*(f"{name}: no flag of train.py{nearest(name, [f'--{k}' for k in known])}" for name in names))
+    del values.config
+    return vars(values)
