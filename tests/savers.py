@@ -174,8 +174,9 @@ def loss_of(run, name):
     from peft import PeftModel
     from transformers import AutoTokenizer
 
+    from train import forward_loss
     from zerotune.model.loading import AUTO_CLASSES
-    from zerotune.model.loss import count_targets, forward_loss
+    from zerotune.model.loss import count_targets
     from zerotune.model.quantization import quantization_config
     from zerotune.rows.collation import Collator
     from zerotune.rows.data import Data

@@ -6,8 +6,8 @@ from conftest import check_engine, tiny_config
 from state import state_hash
 from test_equivalence import FLAGS, reference
 
+from zerotune.model.activations import enable_gradient_checkpointing
 from zerotune.model.freezing import apply_rules
-from zerotune.model.loading import enable_gradient_checkpointing
 from zerotune.model.loss import token_loss_sum
 from zerotune.run import manifest
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from train import forward_loss
 from zerotune.engine.deepspeed_config import check_config, read_deepspeed_config
 from zerotune.engine.optimizer import build_optimizer
 from zerotune.engine.strategy import check_device
@@ -23,7 +24,7 @@ from zerotune.errors import UserError
 from zerotune.model.adapters import add_adapter
 from zerotune.model.freezing import apply_rules, is_quantised, num_elements
 from zerotune.model.loading import load_model
-from zerotune.model.loss import CHUNKABLE, chunk_loss, forward_loss
+from zerotune.model.loss import CHUNKABLE, chunk_loss
 from zerotune.model.quantization import quantization_config
 from zerotune.run.arguments import Arguments, check_arguments
 from zerotune.run.profiling import memory_gib

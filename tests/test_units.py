@@ -7,14 +7,16 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config
 
-from zerotune.engine.optimizer import build_optimizer, lr_at, parameter_groups
+from zerotune.engine.optimizer import build_optimizer, parameter_groups
 from zerotune.engine.precision import PATIENCE, OverflowWatch, prepare_scaler, take_step
+from zerotune.engine.schedule import lr_at
 from zerotune.errors import UserError
+from zerotune.model.activations import enable_gradient_checkpointing
 from zerotune.model.freezing import apply_rules
-from zerotune.model.loading import enable_gradient_checkpointing, shift_right
+from zerotune.model.loading import shift_right
 from zerotune.model.loss import count_targets, token_loss_sum
 from zerotune.run.arguments import parse_arguments
-from zerotune.run.evaluation import load_metrics
+from zerotune.run.evaluation import load_metrics, metric_names
 from zerotune.run.records import redact
 
 
@@ -166,19 +168,19 @@ def test_right_shift_is_the_models_own():
 
 
 def test_metrics_are_local_modules():
-    rouge, bleu = load_metrics("seq2seq", []).values()
+    rouge, bleu = load_metrics(metric_names("seq2seq", [])).values()
     same = ["a cat sat on the mat"] * 2
     assert rouge.compute(predictions=same, references=same) == {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
     assert bleu.compute(predictions=same, references=same)["sacrebleu"] == pytest.approx(100)
     half = rouge.compute(predictions=["a b"], references=["a c"])
     assert half["rouge1"] == pytest.approx(0.5) and half["rouge2"] == 0
-    (classification,) = load_metrics("classification", []).values()
+    (classification,) = load_metrics(metric_names("classification", [])).values()
     scores = classification.compute(predictions=[0, 0, 1, 2], references=[0, 1, 1, 1])
     assert scores == {"accuracy": 0.5, "macro_f1": pytest.approx((2 / 3 + 2 * 1 / 4 + 0) / 3)}
-    custom = load_metrics("seq2seq", [str(ROOT / "metrics" / "bleu.py")])
+    custom = load_metrics([str(ROOT / "metrics" / "bleu.py")])
     assert len(custom) == 1
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_metrics("seq2seq", ["./missing.py"])
+        load_metrics(["./missing.py"])
 
 
 def test_config_file_and_command_line(tmp_path, tiny, rows16):

@@ -1,28 +1,8 @@
-"""Which parameters learn how: the parameter groups, the optimizer, and the learning rate as a function of the step."""
-
-import math
+"""Which parameters learn how: the parameter groups and the optimizer."""
 
 import torch
 
 BITSANDBYTES = {"adamw_bnb_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
-
-
-def lr_at(step, *, learning_rate, lr_scheduler_type, warmup_steps, max_steps):
-    """Return the learning rate of optimizer step `step`, counted from 0.
-
-    Warm-up is linear and its first step already learns: learning_rate x (step + 1) / warmup_steps. After it: constant, or
-    linear or cosine (half a period) from learning_rate towards 0, which would be reached at step max_steps.
-    """
-    if step < warmup_steps:
-        return learning_rate * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    if lr_scheduler_type == "constant":
-        return learning_rate
-    if lr_scheduler_type == "linear":
-        return learning_rate * max(0.0, 1 - progress)
-    if lr_scheduler_type == "cosine":
-        return learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    raise ValueError(f"lr_scheduler_type {lr_scheduler_type!r} is none of constant, linear, cosine")
 
 
 def parameter_groups(model, weight_decay):

@@ -13,14 +13,12 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-EXIT_CODE_FILE = "ZEROTUNE_EXIT_CODE_FILE"  # scripts/launch.sh reads the code there: the launcher itself always ends with 1
+from zerotune.engine.ending import SIGNALS, finish
 
 
 class Interrupted(Exception):
@@ -65,25 +63,6 @@ class Stopper:
         """Raise Interrupted if a signal is agreed on; for loops inside an evaluation."""
         if self.agreed():
             raise Interrupted
-
-
-def restore_default_signals(worker_id):
-    """Let a data worker be ended by its parent: it inherits the parent's handlers, which only take note."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
-
-
-def finish(code):
-    """End this process with an exit code that scripts/launch.sh can pass on.
-
-    Without the interpreter's own end: the libraries' threads do not always survive it (one launch in a hundred aborted there), and
-    a finished run must not be reported as a failed one.
-    """
-    if code and os.environ.get(EXIT_CODE_FILE):
-        Path(os.environ[EXIT_CODE_FILE]).write_text(f"{code}\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 class Watchdog:

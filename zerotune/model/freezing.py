@@ -49,6 +49,14 @@ class FreezeReport:
     num_trainable: int
     num_total: int
 
+    def facts(self):
+        """Return what run.json holds of it."""
+        return {
+            "parameters": {"total": self.num_total, "trainable": self.num_trainable},
+            "freezing": [vars(rule) for rule in self.rules],
+            "tied": self.tied,
+        }
+
     def lines(self):
         """Return the table as lines of text for the log."""
         rows = [f"{r.action:<8} {r.rule:<28} {r.num_tensors:>5} tensors {r.num_parameters:>14,} parameters" for r in self.rules]

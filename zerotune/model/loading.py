@@ -1,4 +1,4 @@
-"""Load the tokenizer, the configuration and the model, and turn gradient checkpointing on so that frozen parts stay free."""
+"""Load the tokenizer, the configuration and the model."""
 
 import contextlib
 import json
@@ -13,10 +13,13 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 
 from zerotune.errors import UserError
 from zerotune.model.adapters import add_tokens
 from zerotune.model.quantization import prepare_quantized
+
+logging.disable_progress_bar()  # of loading and saving: a run's log is for its own lines
 
 AUTO_CLASSES = {
     "seq2seq": AutoModelForSeq2SeqLM,
@@ -207,18 +210,15 @@ def differ(stored, *names):
     return not torch.equal(*tensors)
 
 
-def enable_gradient_checkpointing(model):
-    """Recompute activations block by block in the backward pass, and nothing in a frozen prefix.
-
-    transformers makes the embeddings' output require gradients whenever checkpointing is on, which only reentrant
-    checkpointing needs; with it a frozen encoder would be recomputed and back-propagated in vain. Non-reentrant checkpointing
-    follows the real graph: blocks that need no gradient are run once, and anything trainable below a block still gets its own.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise UserError(f"--gradient_checkpointing: {type(model).__name__} does not support it")
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    model.disable_input_require_grads()
+def about_new_weights(model, new_weights):
+    """Return lines for the log: which weights the checkpoint did not have, and a warning of those that will not learn."""
+    lines = []
+    if new_weights:
+        lines.append(f"model: weights that the checkpoint does not have start new: {', '.join(new_weights)}")
+    frozen = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if not p.requires_grad}
+    if never := sorted(frozen & set(new_weights)):
+        lines.append(f"warning: these weights start new and are frozen, so they stay random: {', '.join(never)}")
+    return lines
 
 
 def apply_liger(model):

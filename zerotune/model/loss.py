@@ -21,19 +21,6 @@ def count_targets(batch):
     return int((batch["labels"] != IGNORE).sum())
 
 
-def forward_loss(model, batch, labels, chunked=False):
-    """Run the model, prepared or not, on a batch and return its summed loss, a float32 scalar.
-
-    chunked: the model has been through chunk_loss, and its logits never exist as a whole.
-    """
-    if chunked:
-        return model(**batch, loss_labels=labels)["loss_sum"]
-    logits = model(**batch).logits
-    if labels.ndim > 1:
-        logits = logits[:, -labels.shape[1] :]  # prompt tuning puts positions of its own in front
-    return token_loss_sum(logits, labels)
-
-
 def token_loss_sum(logits, labels):
     """Return the summed cross-entropy of the labelled positions, a float32 scalar on the logits' device.
 

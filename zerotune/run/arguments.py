@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from zerotune.engine.ending import exit_with
 from zerotune.errors import UserError
 from zerotune.run.parsing import (
     BELOW_ONE,
@@ -238,10 +239,18 @@ class Arguments(*reversed(GROUPS)):
 def parse_arguments(argv=None):
     """Return the Arguments of a command line (default: sys.argv[1:]); raise UserError with every mistake in it."""
     args = Arguments(**parse(GROUPS, sys.argv[1:] if argv is None else argv))
-    problems = out_of_range(args) + check_arguments(args)
+    problems = check_arguments(args)
     if problems:
         raise UserError(*problems)
     return args
+
+
+def arguments_or_exit():
+    """Return the Arguments of this process's command line; print what is wrong with it and end the process with code 2."""
+    try:
+        return parse_arguments()
+    except UserError as error:
+        exit_with(error)
 
 
 def check_savers(args):
@@ -293,7 +302,7 @@ DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 def check_arguments(args):
     """Return a list of problems, a line each: ranges, pairs that cannot be, files that are not there."""
-    problems = check_savers(args)
+    problems = out_of_range(args) + check_savers(args)
 
     def need(condition, problem):
         if not condition:

@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from zerotune.engine.deepspeed_config import uses_nvme
 from zerotune.engine.optimizer import replay_bias_correction
+from zerotune.engine.processes import unwrap
 from zerotune.errors import UserError
 from zerotune.run import manifest
 
@@ -96,7 +97,7 @@ def write_state(accelerator, model, optimizer, folder, errors):
         with collecting_errors(model, errors):
             model.save_checkpoint(str(folder), DEEPSPEED_TAG, save_latest=False, exclude_frozen_parameters=True)
     elif accelerator.is_main_process:
-        inner = accelerator.unwrap_model(model)
+        inner = unwrap(model)
         learned = {name: p.detach() for name, p in inner.named_parameters() if p.requires_grad}
         state = {"parameters": learned, "buffers": dict(inner.named_buffers()), "optimizer": optimizer.optimizer.state_dict()}
         state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
@@ -269,7 +270,7 @@ def load(accelerator, model, optimizer, folder, content, frozen_sha256):
         replay_bias_correction(model.basic_optimizer, model.global_steps - model.skipped_steps)
     else:
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        inner = accelerator.unwrap_model(model)
+        inner = unwrap(model)
         present = dict(inner.named_parameters()) | dict(inner.named_buffers())
         with torch.no_grad():
             for name, tensor in (state["parameters"] | state["buffers"]).items():
@@ -289,7 +290,7 @@ def frozen_digest(accelerator, model):
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and uses_nvme(plugin.deepspeed_config):
         return []
-    frozen = [(name, p) for name, p in accelerator.unwrap_model(model).named_parameters() if not p.requires_grad]
+    frozen = [(name, p) for name, p in unwrap(model).named_parameters() if not p.requires_grad]
     sharded = any(hasattr(parameter, "ds_tensor") for _, parameter in frozen)
     mine = []
     if frozen and (sharded or accelerator.is_main_process):
@@ -306,3 +307,27 @@ def start_over(output_dir):
     """Remove what an earlier run left in the folder, so that a later 'auto' cannot pick up its checkpoints."""
     for path in [*Path(output_dir).glob("checkpoint-*"), Path(output_dir) / "metrics.jsonl"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+class Saver:
+    """Saves the run's state under a step's number and writes a record of it."""
+
+    def __init__(self, accelerator, model, optimizer, args, facts, counts, monitor):
+        """facts: what the manifests hold beside the files; counts: {name: count} so far, which they carry too."""
+        self.accelerator, self.model, self.optimizer, self.args = accelerator, model, optimizer, args
+        self.facts, self.counts, self.monitor = facts, counts, monitor
+        self.last_step = None  # of the newest save
+
+    def save(self, step):
+        args, monitor = self.args, self.monitor
+        if warning := self.accelerator.is_main_process and space_warning(args.output_dir):
+            monitor.console.say(warning)
+        with monitor.paused():
+            facts = self.facts | self.counts
+            saved = save(self.accelerator, self.model, self.optimizer, args.output_dir, step, args.save_total_limit, facts)
+        if saved.get("save_seconds", 0) > args.hang_timeout_seconds / 2:
+            monitor.console.say(
+                "warning: a save takes more than half of --hang_timeout_seconds, after which it would count as a stall"
+            )
+        monitor.write({"step": step, **saved})
+        self.last_step = step

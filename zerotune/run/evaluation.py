@@ -4,16 +4,17 @@ Every rank makes the same number of forward and generate calls, whatever the row
 """
 
 import contextlib
+import json
 import math
 import time
 from pathlib import Path
 
-import evaluate as evaluate_library
 import torch
 from accelerate.utils import gather_object, send_to_device
 
+from zerotune.engine.processes import unwrap
 from zerotune.errors import UserError
-from zerotune.model.loss import forward_loss, token_loss_sum
+from zerotune.model.loss import token_loss_sum
 from zerotune.rows import IGNORE
 from zerotune.rows.batches import evaluation_batches
 
@@ -21,12 +22,19 @@ METRICS = Path(__file__).resolve().parents[2] / "metrics"
 DEFAULT_METRICS = {"seq2seq": ("rouge", "bleu"), "causal": (), "classification": ("classification",)}
 
 
-def load_metrics(task, names):
-    """Return {name: module} loaded by `evaluate`, from `names` or the task's default; raise UserError if one cannot be had."""
+def metric_names(task, names):
+    """Return the names of --metric, or of the task's own metrics."""
+    return names or [str(METRICS / f"{name}.py") for name in DEFAULT_METRICS[task]]
+
+
+def load_metrics(names):
+    """Return {name: module} loaded by the library `evaluate`; raise UserError if one cannot be had."""
     modules = {}
-    for name in names or [str(METRICS / f"{default}.py") for default in DEFAULT_METRICS[task]]:
+    for name in names:
+        import evaluate  # takes seconds, and most runs need none
+
         try:
-            modules[name] = evaluate_library.load(name, keep_in_memory=True)
+            modules[name] = evaluate.load(name, keep_in_memory=True)
         except Exception as error:  # evaluate raises whatever its loaders raise
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--metric {name}: cannot be loaded ({reason}); give the path of a module or a hub name") from None
@@ -47,11 +55,13 @@ def evaluating(model):
 class Evaluator:
     """Evaluates splits of `data` with what stays the same over a run."""
 
-    def __init__(self, accelerator, data, collator, tokenizer, metrics, args, between_batches):
-        """metrics: {name: module} from load_metrics. between_batches: called on every rank before each batch; may raise."""
-        self.between_batches = between_batches
-        self.accelerator, self.data, self.collator, self.tokenizer = accelerator, data, collator, tokenizer
-        self.metrics, self.args = metrics, args
+    def __init__(self, accelerator, model, data, collator, tokenizer, args, forward_loss, metrics, monitor, stopper):
+        """forward_loss: train.py's. metrics: {name: module} of --metric; {}: the task's default, loaded where they are needed."""
+        self.accelerator, self.model, self.data, self.collator = accelerator, model, data, collator
+        self.tokenizer, self.args, self.forward_loss = tokenizer, args, forward_loss
+        self.metrics, self.monitor, self.stopper = metrics, monitor, stopper
+        self.metric_names = metric_names(args.task, args.metric)
+        self.last_step = None  # of the newest evaluation of the validation split
 
     @property
     def generates(self):
@@ -64,18 +74,28 @@ class Evaluator:
         accelerator = self.accelerator
         per_device = self.args.per_device_eval_batch_size
         for numbers, real in evaluation_batches(lengths, per_device, accelerator.num_processes, accelerator.process_index):
-            self.between_batches()
+            self.monitor.beat()
+            self.stopper.interrupt()
             yield rows[numbers], torch.from_numpy(real), numbers
 
-    def evaluate(self, model, split, step):
+    def evaluate(self, split, step):
+        """Write a record of a split and return the predictions; its time is not the steps'. Raises Interrupted after a signal."""
+        with self.monitor.paused():
+            record, predicted = self.measure(split, step)
+        self.monitor.write(record)
+        if split == "validation":
+            self.last_step = step
+        return predicted
+
+    def measure(self, split, step):
         """Return (record, predictions): loss, perplexity, and the metrics of what the model predicts.
 
         predictions: on the main process {row number: text or class name}, else {}. Classes cost nothing; texts are generated for
         the test split, and for others if a metric wants them and --predict_with_generate allows it.
         """
-        begin = time.perf_counter()
+        model, begin = self.model, time.perf_counter()
         prefix = "eval" if split == "validation" else split
-        generate = self.generates and (split == "test" or (self.args.predict_with_generate and bool(self.metrics)))
+        generate = self.generates and (split == "test" or (self.args.predict_with_generate and bool(self.metric_names)))
         with evaluating(model):
             loss_sum, targets, classes = self.loss(model, split)
             predicted = self.gather(self.generate(model, split) if generate else classes)
@@ -105,7 +125,7 @@ class Evaluator:
                 loss_sum, best = token_loss_sum(logits, labels), logits.argmax(-1).tolist()
                 classes |= {int(row): best[index] for index, row in enumerate(numbers) if real[index]}
             else:
-                loss_sum = forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
+                loss_sum = self.forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
             sums += torch.stack([loss_sum.double(), (labels != IGNORE).sum().double()])
         loss_sum, targets = self.accelerator.reduce(sums, reduction="sum").tolist()
         return loss_sum, int(targets), classes
@@ -113,7 +133,7 @@ class Evaluator:
     def generate(self, model, split):
         """Return {row: generated text} of this rank's rows."""
         args, texts = self.args, {}
-        inner = self.accelerator.unwrap_model(model)
+        inner = unwrap(model)
         plugin = self.accelerator.state.deepspeed_plugin
         options = {
             "max_new_tokens": args.generation_max_length or args.max_target_length,
@@ -147,13 +167,20 @@ class Evaluator:
             references = [self.collator.class_numbers[label] for label in rows["label"]]
         else:
             references = rows["reference"][:]
+        self.metrics = self.metrics or load_metrics(self.metric_names)
         numbers = {}
         for module in self.metrics.values():
             numbers |= module.compute(predictions=list(predicted.values()), references=references)
         return {name: float(value) for name, value in numbers.items() if isinstance(value, (int, float))}
 
+    def write_predictions(self, split, predicted):
+        """Write predictions.jsonl if there are any rows (only the main process has them)."""
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.prediction_rows(split, predicted)]
+        if lines:
+            (Path(self.args.output_dir) / "predictions.jsonl").write_text("".join(lines))
+
     def prediction_rows(self, split, predicted):
-        """Return the lines of predictions.jsonl as dicts: the row's line in its file, source, reference, prediction."""
+        """Yield the lines of predictions.jsonl as dicts: the row's line in its file, source, reference, prediction."""
         rows = self.data.rows[split]
         for row, prediction in predicted.items():
             columns = rows[row]

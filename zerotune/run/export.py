@@ -8,6 +8,7 @@ import torch
 import transformers
 from accelerate.utils import gather_object
 
+from zerotune.engine.processes import unwrap
 from zerotune.errors import RunError
 from zerotune.model.adapters import adapter_state, merge, save_adapter
 from zerotune.model.loading import AUTO_CLASSES
@@ -24,9 +25,11 @@ def export(accelerator, model, tokenizer, output_dir, args):
     final, errors = Path(output_dir) / "final", []
     written = final
     temporary = Path(f"{final}.tmp")
-    inner = accelerator.unwrap_model(model)
-    # A collective under ZeRO-3; whole on the main process.
-    state = adapter_state(inner) if args.peft else accelerator.get_state_dict(model)
+    inner = unwrap(model)
+    if args.peft:
+        state = adapter_state(inner)
+    else:  # under ZeRO-3 a collective, and whole on the main process
+        state = accelerator.get_state_dict(model) if accelerator.state.deepspeed_plugin else inner.state_dict()
     if accelerator.is_main_process:
         try:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -19,23 +19,26 @@ PHASES = ("data", "forward", "backward", "optimizer")
 class Profile:
     """Call an instance with the name of the phase that begins; outside the profiled steps that does nothing."""
 
-    def __init__(self, model, optimizer, first_step, last_step):
+    def __init__(self, accelerator, model, optimizer, first_step, last_step):
         """Steps first_step to last_step - 1 are timed and last_step is traced; first_step > last_step: none."""
         self.first_step, self.last_step = first_step, last_step if first_step <= last_step else None
         self.model, self.optimizer = model, optimizer
         self.seconds, self.phase, self.trace, self.report = Counter(), None, None, None
-        if self.last_step and hasattr(model, "zero_optimization_stage"):
-            self._watch_step(model)
+        if self.last_step:
+            self._announce(accelerator, "backward", "backward")
+            self._announce(accelerator, "clip_grad_norm_", "optimizer")
+            if hasattr(model, "zero_optimization_stage"):  # DeepSpeed's own step runs inside the last backward
+                self._announce(model, "step", "optimizer")
 
-    def _watch_step(self, engine):
-        """Have DeepSpeed's own step, which runs inside the last backward, begin the optimizer's phase."""
-        inner = engine.step
+    def _announce(self, owner, name, phase):
+        """Have a call of owner.name begin a phase."""
+        inner = getattr(owner, name)
 
-        def step(*arguments, **options):
-            self("optimizer")
+        def call(*arguments, **options):
+            self(phase)
             return inner(*arguments, **options)
 
-        engine.step = step
+        setattr(owner, name, call)
 
     def step_begins(self, step):
         """step: the number of the step that comes, from 1."""

@@ -26,6 +26,7 @@ from zerotune.rows.collation import TERMS, count_tokens, shape_terms
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "evaluate", "peft")
 SECRET = re.compile(r"(token|secret|password|api_?key)(?!izer|s_)", re.IGNORECASE)
 GIB = 2**30
+IMPORTED = time.perf_counter()
 
 
 def finite(value):
@@ -64,6 +65,27 @@ def environment_facts():
     return {"versions": versions, "git_commit": commit or None, "command_line": redact(sys.argv), "device": device}
 
 
+def write_run(output_dir, content):
+    """Write run.json, the description of a run, before its first step."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    write_json(Path(output_dir) / "run.json", content)
+
+
+def seconds_since_launch():
+    """Return the seconds since this run was started: since its launcher was, where there is one, this process's parent."""
+    try:
+        started = process_start(os.getppid() if "WORLD_SIZE" in os.environ else os.getpid())
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError):  # no /proc: since this module was imported
+        return time.perf_counter() - IMPORTED
+
+
+def process_start(pid):
+    """Return when a process was started, in seconds since the machine was (proc(5), field 22 of stat)."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+
+
 def redact(words):
     """Return a command line with the values of flags that look like secrets hidden."""
     result = []
@@ -86,9 +108,11 @@ def peak_memory():
 
 def check_tracker(name):
     """Raise UserError unless accelerate knows the tracker and its package is installed (accelerate would go on without it)."""
+    if name == "none":
+        return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    if name == "none" or name in {str(getattr(known, "value", known)) for known in get_available_trackers()}:
+    if name in {str(getattr(known, "value", known)) for known in get_available_trackers()}:
         return
     known = sorted(str(getattr(tracker, "value", tracker)) for tracker in LOGGER_TYPE_TO_CLASS)
     if name in known:
@@ -203,8 +227,10 @@ class Window:
     def paused(self):
         """Leave what happens inside (an evaluation, a save) out of the step time."""
         begin = time.perf_counter()
-        yield
-        self.begin += time.perf_counter() - begin
+        try:
+            yield
+        finally:
+            self.begin += time.perf_counter() - begin
 
     def record(self, step, epoch, learning_rate, grad_norm, **more):
         """Return the training record of the steps since the last one, over all ranks, and start the next window."""

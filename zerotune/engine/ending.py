@@ -1,0 +1,44 @@
+"""How a process ends: its exit code, the lines of a mistake, and the signals that end it. Imports no library that takes time."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+EXIT_CODE_FILE = "ZEROTUNE_EXIT_CODE_FILE"  # scripts/launch.sh reads the code there: the launcher itself always ends with 1
+
+
+def restore_default_signals(worker_id=0):
+    """Let a data worker be ended by its parent: it inherits the parent's handlers, which only take note."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def finish(code):
+    """End this process with an exit code that scripts/launch.sh can pass on.
+
+    Without the interpreter's own end: the libraries' threads do not always survive it (one launch in a hundred aborted there), and
+    a finished run must not be reported as a failed one.
+    """
+    if code and os.environ.get(EXIT_CODE_FILE):
+        Path(os.environ[EXIT_CODE_FILE]).write_text(f"{code}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def exit_with(error):
+    """Print a UserError's problems, a line each, and end with its code.
+
+    All ranks tend to meet the same mistake. The launcher ends them all when the first one ends: the others let rank 0 speak, and
+    speak up only if it had nothing to say.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        restore_default_signals()
+        time.sleep(5)
+    where = f" (rank {rank})" if rank > 0 else ""
+    print("\n".join(f"train.py: error{where}: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
+    finish(error.code)

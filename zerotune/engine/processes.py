@@ -1,0 +1,60 @@
+"""The processes of a run: that as many run as were launched, on the engine that was asked for, and which of them goes first."""
+
+import os
+
+import torch
+
+from zerotune.engine.deepspeed_config import section
+from zerotune.errors import UserError
+
+
+def check_processes(accelerator):
+    """Raise RuntimeError if accelerate runs fewer processes than were launched: each would train alone on the same rows."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}")
+
+
+def unwrap(model):
+    """Return the model inside DDP's or DeepSpeed's wrapper, or the model; accelerate's own way imports DeepSpeed to ask for it."""
+    wrapped = isinstance(model, torch.nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine"
+    return model.module if wrapped else model
+
+
+def engine_facts(accelerator, strategy, model, optimizer):
+    """Return what really runs, for run.json; raise RuntimeError where it is not what the launcher asked for."""
+    is_deepspeed = type(model).__name__ == "DeepSpeedEngine"
+    if is_deepspeed != (strategy.config is not None):
+        raise RuntimeError(f"{strategy.name} was asked for, but the engine is {type(model).__name__}")
+    inner = optimizer.optimizer
+    facts = {
+        "class": type(model).__name__,
+        "optimizer": type(inner).__name__,
+        "num_processes": accelerator.num_processes,
+        "device": str(accelerator.device.type),
+        "backend": None if accelerator.num_processes == 1 and not is_deepspeed else torch.distributed.get_backend(),
+    }
+    if is_deepspeed:
+        stage = model.zero_optimization_stage()
+        if stage != strategy.config["zero_optimization"]["stage"]:
+            raise RuntimeError(f"{strategy.name} asks for stage {strategy.config['zero_optimization']['stage']}, runs {stage}")
+        facts |= {
+            "zero_stage": stage,
+            "offload_optimizer": section(strategy.config, "zero_optimization.offload_optimizer").get("device", "none"),
+            "offload_param": section(strategy.config, "zero_optimization.offload_param").get("device", "none"),
+            "base_optimizer": type(model.basic_optimizer).__name__,
+        }
+    return facts
+
+
+def first_on_each_node(accelerator, function):
+    """Call `function` on one process of each node, then on the others, so that these find its cache; all raise its UserError."""
+    error = result = None
+    with accelerator.local_main_process_first():
+        try:
+            result = function()
+        except UserError as caught:  # raised after the barrier in the context's end, or the others would wait there for ever
+            error = caught
+    if error is not None:
+        raise error
+    return result

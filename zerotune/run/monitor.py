@@ -1,0 +1,52 @@
+"""What is watched beside the loop while steps are taken: tokens, losses, times, memory, stalls; and what becomes a record of it."""
+
+from zerotune.engine.stopping import Watchdog
+from zerotune.run import records
+from zerotune.run.profiling import Profile
+
+
+class Monitor:
+    """Goes along with the loop; everything here could be left out without another number in the model."""
+
+    def __init__(self, accelerator, model, optimizer, args, schedule, console, counts, step):
+        """counts: {name: count} that go into every training record of an fp16 run; step: where the run starts."""
+        self.console, self.schedule, self.logging_steps = console, schedule, args.logging_steps
+        self.counts = counts if args.mixed_precision == "fp16" else {}
+        self.metrics = records.Metrics(args.output_dir, console, accelerator, step)
+        self.window = records.Window(accelerator, with_shapes=args.profile_steps > 0)
+        last = schedule.max_steps
+        self.profile = Profile(accelerator, model, optimizer, last - args.profile_steps + 1, last)
+        self.watchdog = Watchdog(args.hang_timeout_seconds, accelerator.process_index)
+        self.write, self.paused, self.beat = self.metrics.write, self.window.paused, self.watchdog.beat
+
+    def steps(self, loader, start):
+        """Yield (the step's number, its micro-batches), the first being start + 1."""
+        self.console.start(start, self.schedule.max_steps)
+        self.profile.step_begins(start + 1)
+        try:
+            for step, micro_batches in enumerate(loader, start + 1):
+                if step == start + 1:
+                    self.write({"step": start, "start_seconds": round(records.seconds_since_launch(), 1)})
+                yield step, micro_batches
+                self.profile.step_begins(step + 1)
+        finally:
+            self.console.stop()
+
+    def batches(self, micro_batches):
+        """Yield a step's micro-batches as they are."""
+        for batch in micro_batches:
+            self.beat()
+            self.window.add_batch(batch)
+            self.profile("forward")
+            yield batch
+
+    def step(self, step, taken, step_loss, targets, learning_rate, grad_norm):
+        """Take note of a step, and write a record where one is due."""
+        profiled = self.profile.step_ends(step)
+        self.console.advance()
+        if taken:
+            self.window.add_step(step_loss, targets)
+        if step % self.logging_steps == 0 or step == self.schedule.max_steps:
+            self.write(self.window.record(step, self.schedule.epoch_at(step), learning_rate, grad_norm, **self.counts))
+        if profiled:
+            self.write(profiled)
