@@ -29,7 +29,6 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
-    gather_object,
     send_to_device,
     set_seed,
 )
@@ -61,8 +60,9 @@ def main(args):
     run = setup(args)  # strategy, accelerator, console, config, tokenizer
     load_rows(run)  # data, schedule; and which checkpoint is gone on from, if there is one
     load_model(run)  # model, optimizer, and a report of what learns
-    step = resume(run)  # the position is one number: data order and learning rate follow from it
-    step = train(run, step)
+    start = resume(run)  # the position is one number: data order and learning rate follow from it
+    accompany(run, start)  # monitor, saver, guard, evaluator: what goes along with the loop
+    step = train(run, start)
     end(run, step)
 
 
@@ -111,7 +111,7 @@ def load_rows(run):
     for split, facts in run.data_report.items():
         run.console.say(f"data: {describe(split, facts)}")
     run.metrics = processes.first_on_each_node(accelerator, lambda: load_metrics(args.metric))
-    run.data_report["tokenised_on_ranks"] = gather_object([accelerator.process_index] if any(run.data.built.values()) else [])
+    run.data_report["tokenised_on_ranks"] = processes.ranks_where(any(run.data.built.values()), accelerator)
 
     run.schedule = Schedule.of(args, len(run.data.rows["train"]), accelerator.num_processes)
     run.console.say(f"batch: {run.schedule.equation}")
@@ -130,8 +130,6 @@ def load_model(run):
     quantization = quantization_config(args, run.config.model_type, precision, run.strategy.zero_stage)
     model, new_weights = loading.load_model(args, run.config, run.tokenizer, run.data.labels, dtype, quantization)
     run.num_partitioned = loading.count_partitioned(model)
-    if args.liger:
-        loading.apply_liger(model)
     if args.peft:
         model, run.freeze_report = adapters.add_adapter(model, args, run.tokenizer, dtype, run.schedule.max_steps)
     else:
@@ -153,8 +151,7 @@ def load_model(run):
     )
     if args.peft == "adalora":
         adapters.allocate_ranks(model, optimizer)
-    own_shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    decoder_inputs = (own_shift or loading.shift_right(run.config)) if args.task == "seq2seq" else None
+    decoder_inputs = loading.decoder_inputs(model, run.config) if args.task == "seq2seq" else None
     run.collator = Collator(args.task, run.tokenizer.pad_token_id, run.data.labels, 8 if has_cuda() else 1, decoder_inputs)
     run.model, run.optimizer = accelerator.prepare(model, optimizer)
     run.model.train()
@@ -175,15 +172,12 @@ def resume(run):
             "arguments": vars(args),
             "engine": engine,
             "deepspeed_config": run.plugin and run.plugin.deepspeed_config,
-            "batch_arithmetic": run.schedule.equation,
-            "max_steps": run.schedule.max_steps,
-            "warmup_steps": run.schedule.warmup_steps,
             "resumed_from": run.found,
             "host_memory_before_model_gib": run.host_memory_before_model,
             "data": run.data_report,
             "labels": run.data.labels,
         }
-        records.write_run(args.output_dir, content | run.freeze_report.facts() | facts)
+        records.write_run(args.output_dir, content | run.schedule.facts() | run.freeze_report.facts() | facts)
     if args.report_to != "none":
         accelerator.init_trackers("zerotune", config={name: str(value) for name, value in vars(args).items()})
     run.console.say("engine: " + ", ".join(f"{key} {value}" for key, value in engine.items()))
@@ -205,24 +199,27 @@ def forward_loss(model, batch, labels, chunked=False):
     return token_loss_sum(logits, labels)
 
 
+def accompany(run, start):
+    """Make what watches the steps, refuses bad ones, saves, evaluates and listens for signals."""
+    args, accelerator, model, optimizer = run.args, run.accelerator, run.model, run.optimizer
+    counts = {"overflowed_steps": run.manifest["overflowed_steps"] if run.found else 0}
+    run.training_steps = TrainingSteps(run.data, run.collator, args, accelerator.num_processes, accelerator.process_index)
+    run.monitor = Monitor(accelerator, model, optimizer, args, run.schedule, run.console, counts, start)
+    run.saver = checkpoint.Saver(accelerator, model, optimizer, args, run.manifest_facts, counts, run.monitor)
+    run.guard = Guard(accelerator, model, optimizer, args, run.monitor, run.saver, run.training_steps.lines_of_step)
+    run.stopper = stopping.Stopper()
+    given = accelerator, model, run.data, run.collator, run.tokenizer, args, forward_loss, run.metrics
+    run.evaluator = Evaluator(*given, run.monitor, run.stopper)
+
+
 def train(run, start):
     """Take the optimizer steps after step `start`; return the last one's number."""
-    args, accelerator, model, optimizer, schedule = run.args, run.accelerator, run.model, run.optimizer, run.schedule
-    counts = {"overflowed_steps": run.manifest["overflowed_steps"] if run.found else 0}
-    monitor = run.monitor = Monitor(accelerator, model, optimizer, args, schedule, run.console, counts, start)
-    saver = run.saver = checkpoint.Saver(accelerator, model, optimizer, args, run.manifest_facts, counts, monitor)
-    stopper = run.stopper = stopping.Stopper()
-    run.evaluator = Evaluator(
-        accelerator, model, run.data, run.collator, run.tokenizer, args, forward_loss, run.metrics, monitor, stopper
-    )
-    batches = TrainingSteps(run.data, run.collator, args, accelerator.num_processes, accelerator.process_index)
-    guard = Guard(accelerator, model, optimizer, args, monitor, saver, batches.lines_of_step)
+    args, accelerator, model, optimizer, monitor = run.args, run.accelerator, run.model, run.optimizer, run.monitor
     # DeepSpeed divides the loss by the accumulation unless told not to; the loss below is complete as it is.
     backward_options = {"scale_wrt_gas": False} if run.plugin else {}
-
     loader = DataLoader(
-        batches,
-        sampler=range(start, schedule.max_steps),
+        run.training_steps,
+        sampler=range(start, run.schedule.max_steps),
         batch_size=None,  # an item is a whole step already
         collate_fn=list,
         num_workers=args.dataloader_num_workers,
@@ -233,7 +230,7 @@ def train(run, start):
 
     step = start
     for step, micro_batches in monitor.steps(loader, start):
-        learning_rate = schedule.lr_at(step - 1)
+        learning_rate = run.schedule.lr_at(step - 1)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
@@ -253,16 +250,16 @@ def train(run, start):
 
         # Under DeepSpeed the last backward has clipped and stepped already; these three then only report.
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-        taken = guard.step(step, step_loss, grad_norm)
+        taken = run.guard.step(step, step_loss, grad_norm)
         optimizer.zero_grad()
         monitor.step(step, taken, step_loss, targets, learning_rate, grad_norm)
 
         if due(args.eval_steps, step) and "validation" in run.data.rows:
             with suppress(stopping.Interrupted):
                 run.evaluator.evaluate("validation", step)
-        stop = stopper.agreed()
-        if stop or due(args.save_steps, step, schedule.max_steps):
-            saver.save(step)
+        stop = run.stopper.agreed()
+        if stop or due(args.save_steps, step, run.schedule.max_steps):
+            run.saver.save(step)
         if stop:
             break
     return step

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from accelerate.utils import gather_object
 
 from zerotune.engine.deepspeed_config import section
 from zerotune.errors import UserError
@@ -45,6 +46,11 @@ def engine_facts(accelerator, strategy, model, optimizer):
             "base_optimizer": type(model.basic_optimizer).__name__,
         }
     return facts
+
+
+def ranks_where(condition, accelerator):
+    """Return the numbers of the processes on which a condition holds, on all of them; a collective."""
+    return gather_object([accelerator.process_index] if condition else [])
 
 
 def first_on_each_node(accelerator, function):

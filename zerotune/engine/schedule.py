@@ -57,6 +57,10 @@ class Schedule:
             max_steps=self.max_steps,
         )
 
+    def facts(self):
+        """Return what run.json holds of it."""
+        return {"batch_arithmetic": self.equation, "max_steps": self.max_steps, "warmup_steps": self.warmup_steps}
+
     def epoch_at(self, step):
         """Return how many passes over the rows `step` steps are."""
         return step * self.rows_per_step / self.num_rows

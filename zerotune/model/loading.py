@@ -124,6 +124,8 @@ def load_model(args, config, tokenizer, labels, dtype, quantization=None):
             ) from None
     if quantization is not None:
         model = prepare_quantized(model)
+    if args.liger:
+        apply_liger(model)
     if args.target_lang:
         speak(model, tokenizer, args.target_lang)
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
@@ -137,6 +139,11 @@ def speak(model, tokenizer, language):
     name = "decoder_start_token_id" if type(tokenizer).__name__.startswith("MBartTokenizer") else "forced_bos_token_id"
     for config in (model.config, model.generation_config):
         setattr(config, name, token)
+
+
+def decoder_inputs(model, config):
+    """Return a function from labels to decoder inputs of the same shape: the model's own, or a plain shift."""
+    return getattr(model, "prepare_decoder_input_ids_from_labels", None) or shift_right(config)
 
 
 def shift_right(config):
