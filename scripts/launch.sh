@@ -40,10 +40,11 @@ here=$((NUM_PROCESSES / NUM_MACHINES))
 cores="$(nproc)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > here ? cores / here : 1))}"
 
-accelerate="$(dirname "$(command -v "$PYTHON")")/accelerate"
+# accelerate-launch is `accelerate launch` without the import of accelerate's other commands, which takes a second.
+accelerate="$(dirname "$(command -v "$PYTHON")")/accelerate-launch"
 launch=("$accelerate")
-[[ -x $accelerate ]] || launch=("$PYTHON" -m accelerate.commands.accelerate_cli)
-launch+=(launch --config_file "$config" --num_processes "$NUM_PROCESSES")
+[[ -x $accelerate ]] || launch=("$PYTHON" -m accelerate.commands.launch)
+launch+=(--config_file "$config" --num_processes "$NUM_PROCESSES")
 if ((NUM_MACHINES > 1)); then
     launch+=(--num_machines "$NUM_MACHINES" --machine_rank "${MACHINE_RANK:?0 to $((NUM_MACHINES - 1))}")
     launch+=(--main_process_ip "${MAIN_PROCESS_IP:?the address of machine 0}" --main_process_port "${MAIN_PROCESS_PORT:-29500}")
