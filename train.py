@@ -161,8 +161,8 @@ def resume(run):
     """Go on from the checkpoint that was chosen, write run.json, and return the number of steps that are done."""
     args, accelerator, model = run.args, run.accelerator, run.model
     set_seed(args.seed, device_specific=True)  # dropout differs between ranks
-    if run.found is None and args.overwrite_output_dir and accelerator.is_main_process:
-        checkpoint.start_over(args.output_dir)
+    if accelerator.is_main_process:
+        checkpoint.open_folder(args.output_dir, anew=run.found is None and args.overwrite_output_dir)
     frozen, facts = checkpoint.frozen_digest(accelerator, model), records.environment_facts()
     step = checkpoint.load(accelerator, model, run.optimizer, run.found, run.manifest, frozen) if run.found else 0
     engine = processes.engine_facts(accelerator, run.strategy, model, run.optimizer)

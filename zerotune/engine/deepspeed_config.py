@@ -49,6 +49,7 @@ SECTIONS = {  # section -> the keys it may hold; a test compares them with DeepS
             "min_loss_scale fp16_master_weights_and_grads"
         ).split()
     ),
+    "data_types": set("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules".split()),
     "aio": set("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds".split()),
 }
 LEARNING_KEYS = {  # what a DeepSpeed JSON may not say, and the flags that do
@@ -232,6 +233,7 @@ def resolve(config, name, args, num_processes, hidden_size):
     problems += check_precision(config, name, args.mixed_precision)
     for kind in ("fp16", "bf16"):
         config.setdefault(kind, {})["enabled"] = args.mixed_precision == kind
+    resolve_accumulation(config, args)
     # A bucket of hidden_size^2 elements is Hugging Face's choice for "auto"; below a million, latency would eat the gain.
     bucket = max(hidden_size**2, 1_000_000)
     sizes = {
@@ -254,6 +256,21 @@ def resolve(config, name, args, num_processes, hidden_size):
     if problems:
         raise UserError(*problems)
     return config
+
+
+def resolve_accumulation(config, args):
+    """Resolve data_types.grad_accum_dtype: left to itself, DeepSpeed sums micro-batches' gradients in the training precision.
+
+    In bf16 a long sum then depends on how the rows are cut. At stage 1 float32 would exchange ZeRO's optimizer for DeepSpeed's
+    BF16_Optimizer (deepspeed/runtime/engine.py, _do_optimizer_sanity_check), so it is not a default there.
+    """
+    types = config.setdefault("data_types", {})
+    if types.setdefault("grad_accum_dtype", "auto") == "auto":
+        del types["grad_accum_dtype"]
+        if args.mixed_precision == "bf16" and args.gradient_accumulation_steps > 1 and config["zero_optimization"]["stage"] > 1:
+            types["grad_accum_dtype"] = "fp32"
+    if not types:
+        del config["data_types"]
 
 
 def autos(config, prefix=""):
@@ -282,6 +299,9 @@ def choose_deepspeed_accelerator():
 def check_config(config, name, args):
     """Raise UserError with everything that is wrong with a DeepSpeed config beside train.py's flags."""
     problems = check_keys(config, name) + check_zero(config, name) + check_precision(config, name, args.mixed_precision)
+    accumulation = section(config, "data_types").get("grad_accum_dtype", "auto")
+    if accumulation not in ("auto", "fp32", "bf16", "fp16"):
+        problems.append(f"{name}: data_types.grad_accum_dtype is {accumulation!r}; allowed: auto, fp32, bf16, fp16")
     if args.optim == "adafactor":
         problems.append(
             "--optim adafactor: ZeRO flattens the parameters, which takes away the rows and columns that Adafactor factors; "

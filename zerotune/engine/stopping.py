@@ -70,8 +70,11 @@ class Watchdog:
 
     def __init__(self, timeout, rank):
         self.timeout, self.rank, self.last = timeout, rank, time.monotonic()
-        ranks = gather_object([(socket.gethostname(), os.getpid())])
-        self.neighbours = [pid for host, pid in ranks if host == socket.gethostname() and pid != os.getpid()]
+        # By the launcher's numbers, not by host name, which containers on two machines may share: the ranks of a node follow each
+        # other, so that its first one names it. One launcher started them, so they see each other's process numbers.
+        node = int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
+        ranks = gather_object([(node, os.getpid())])
+        self.neighbours = [pid for other, pid in ranks if other == node and pid != os.getpid()]
         # Another rank's watchdog asks for this one's stacks by SIGUSR2; faulthandler answers even from inside a library's C code.
         faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
         threading.Thread(target=self._watch, daemon=True).start()

@@ -6,6 +6,7 @@ decides (stage, offload, number of processes) is no flag.
 
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -328,5 +329,8 @@ def check_arguments(args):
         out = Path(args.output_dir)
         need(not out.exists() or out.is_dir(), f"--output_dir {out}: is a file; give a folder")
         parent = next(p for p in (out, *out.resolve().parents) if p.exists())
-        need(os.access(parent, os.W_OK), f"--output_dir {out}: {parent} is not writable")
+        try:
+            tempfile.TemporaryFile(dir=parent).close()  # os.access says yes to root where nothing can be made, in /proc for one
+        except OSError as error:
+            problems.append(f"--output_dir {out}: {parent} is not writable ({error.strerror})")
     return problems

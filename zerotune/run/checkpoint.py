@@ -23,6 +23,7 @@ from zerotune.engine.optimizer import replay_bias_correction
 from zerotune.engine.processes import unwrap
 from zerotune.errors import UserError
 from zerotune.run import manifest
+from zerotune.run.export import repair
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
 DEEPSPEED_TAG = "deepspeed"  # DeepSpeed's files lie in a sub-folder of this name
@@ -303,8 +304,12 @@ def frozen_digest(accelerator, model):
     return gather_object(mine)
 
 
-def start_over(output_dir):
-    """Remove what an earlier run left in the folder, so that a later 'auto' cannot pick up its checkpoints."""
+def open_folder(output_dir, anew):
+    """Mend what a kill left of final/ and merged/; anew: remove an earlier run, whose checkpoints a later 'auto' would pick up."""
+    for name in ("final", "merged"):
+        repair(Path(output_dir) / name)
+    if not anew:
+        return
     for path in [*Path(output_dir).glob("checkpoint-*"), Path(output_dir) / "metrics.jsonl"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

@@ -56,13 +56,24 @@ def export(accelerator, model, tokenizer, output_dir, args):
 
 
 def replace(temporary, final):
-    """Give a whole folder its name; at every moment the old or the new one is there."""
-    previous = Path(f"{final}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
+    """Give a whole folder its name; the old one is lost only when the new one has it (see `repair`)."""
+    repair(final)
     if final.exists():
-        os.rename(final, previous)
+        os.rename(final, previous_of(final))
     os.rename(temporary, final)
-    shutil.rmtree(previous, ignore_errors=True)
+    shutil.rmtree(previous_of(final), ignore_errors=True)
+
+
+def previous_of(final):
+    return Path(f"{final}.previous")
+
+
+def repair(final):
+    """Undo what a kill between the two renames of `replace` leaves: no folder of this name, but the previous one."""
+    if final.exists():
+        shutil.rmtree(previous_of(final), ignore_errors=True)
+    elif previous_of(final).exists():
+        os.rename(previous_of(final), final)
 
 
 def check(folder, task, state, trust_remote_code):

@@ -66,9 +66,21 @@ def environment_facts():
 
 
 def write_run(output_dir, content):
-    """Write run.json, the description of a run, before its first step."""
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    write_json(Path(output_dir) / "run.json", content)
+    """Write run.json, the description of a run, before its first step; UserError if that cannot be done."""
+    with writable(output_dir):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        write_json(Path(output_dir) / "run.json", content)
+
+
+@contextlib.contextmanager
+def writable(output_dir):
+    """Turn a failure of a run's first writes into the user's mistake that it is."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {output_dir}: {error.filename}: {error.strerror}; give a folder that can be written"
+        ) from None
 
 
 def seconds_since_launch():
@@ -168,10 +180,11 @@ class Metrics:
         """step: where the run starts; records of later steps, from a run that was cut off, are taken out of the file."""
         self.path, self.console, self.accelerator = Path(output_dir) / "metrics.jsonl", console, accelerator
         if accelerator.is_main_process:
-            kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= step] if self.path.exists() else []
-            temporary = Path(f"{self.path}.tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, self.path)
+            with writable(output_dir):
+                kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= step] if self.path.exists() else []
+                temporary = Path(f"{self.path}.tmp")
+                temporary.write_text("".join(line + "\n" for line in kept))
+                os.replace(temporary, self.path)
 
     def write(self, record):
         if self.accelerator.is_main_process:
