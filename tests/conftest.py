@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Server
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -22,10 +23,24 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
+    """Skip what this machine cannot run, with what to install; where CI is set nothing but a GPU may be missing."""
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if not os.environ.get("CI") and not has_libaio():
+        for item in items:
+            if "nvme" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no libaio with its headers; Debian: apt install libaio-dev g++"))
+
+
+def has_libaio():
+    """Tell whether a C++ compiler finds libaio, of which DeepSpeed builds its NVMe operator."""
+    command = ["c++", "-x", "c++", "-", "-laio", "-o", os.devnull]
+    try:
+        return subprocess.run(command, input="#include <libaio.h>\nint main() {}", text=True, capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,9 +57,10 @@ def tiny_config(family, dropout):
     import transformers as t
 
     size, common = len(WORDS) + len(SPECIALS), {"pad_token_id": 0, "eos_token_id": 1}
+    # Smooth activations: a ReLU unit at its edge turns the rounding by which two processors differ into another gradient.
     if family in ("t5", "t5_classifier"):
         config = t.T5Config(
-            vocab_size=size, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=dropout,
+            vocab_size=size, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=dropout, feed_forward_proj="gelu",
             classifier_dropout=dropout, decoder_start_token_id=0, **common,
         )  # fmt: skip
         return t.T5ForConditionalGeneration if family == "t5" else t.T5ForSequenceClassification, config
@@ -155,30 +171,46 @@ def flags_of(options):
     return words
 
 
+@pytest.fixture(scope="session")
+def forks(caches):
+    """Return the server whose forks are ranks of train.py, or None where there is CUDA, which does not outlive a fork."""
+    server = None if torch.cuda.is_available() else Server()
+    yield server
+    if server:
+        server.stop()
+
+
 @pytest.fixture
-def train(tmp_path):
+def train(tmp_path, forks):
     """Return a function that runs train.py under a strategy of accelerate_configs/ and gives a Result.
 
     strategy None runs `python train.py` without a launcher. check=True fails the test unless train.py succeeds and the engine in
-    run.json is the one asked for.
+    run.json is the one asked for. Ranks are forks of a warmed process; real=True starts them by `accelerate launch`.
     """
 
-    def start(strategy, processes=None, check=True, environment=None, name="run", **options):
+    def start(strategy, processes=None, check=True, environment=None, name="run", real=False, **options):
         folder = tmp_path / name
         options.setdefault("output_dir", folder)
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, **(environment or {})}
+        if forks and not real:
+            log = tmp_path / "logs" / f"{name}{len(list(tmp_path.glob('logs/*')))}.log"
+            result = Result(*forks.run(strategy, processes, flags_of(options), log, environment), Path(options["output_dir"]))
+        else:
+            result = launch(strategy, processes, environment, options)
+        if check:
+            assert result.code == 0, result.output[-6000:]
+            check_engine(result.run["engine"], strategy, processes)
+        return result
+
+    def launch(strategy, processes, environment, options):
         command = [sys.executable]
         if strategy is not None:
             command += ["-m", "accelerate.commands.accelerate_cli", "launch"]
             command += ["--config_file", f"accelerate_configs/{strategy}.yaml"]
             command += ["--num_processes", str(processes)] if processes else []
         command += ["train.py", *flags_of(options)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-        result = Result(done.returncode, done.stdout + done.stderr, Path(options["output_dir"]))
-        if check:
-            assert result.code == 0, result.output[-6000:]
-            check_engine(result.run["engine"], strategy, processes)
-        return result
+        return Result(done.returncode, done.stdout + done.stderr, Path(options["output_dir"]))
 
     return start
 

@@ -2,26 +2,22 @@
 
     .venv/bin/python tests/savers.py --out docs/savers.json     writes docs/savers.md beside it; goes on where it was stopped
 
-The ranks are forks of one process, without a launcher: most of a launch is the libraries' start.
-
 tests/test_savers.py runs a few of them.
 """
 
 import argparse
 import json
 import os
-import runpy
 import shutil
-import signal
-import socket
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import forks  # noqa: E402
 
 SAVERS = {
     "lora": {"peft": "lora", "merge_adapter": "true"},
@@ -58,40 +54,9 @@ STEPS, SAVED = 6, 3
 
 def fork(strategy, folder, flags):
     """Run train.py in forks of this process, which has imported the libraries once; return (exit code, output)."""
-    ranks, processes, log = (1 if strategy == "single" else 2), {}, folder.with_suffix(".log")
-    with socket.socket() as free:
-        free.bind(("", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    if strategy.startswith("zero"):
-        config = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"ds_configs/{strategy}.json"}
-        address |= config | {"DS_ACCELERATOR": "cpu"}
-    for rank in range(ranks):
-        place = address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        pid = os.fork()
-        if pid == 0:
-            os.environ |= place if ranks > 1 else {}
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            sys.argv = ["train.py", *flags, "--output_dir", str(folder)]
-            try:
-                runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-            except BaseException:
-                traceback.print_exc()
-            os._exit(1)
-        processes[pid] = None
-    end = time.time() + 300
-    while None in processes.values():
-        for pid in [pid for pid, code in processes.items() if code is None]:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                processes[pid] = os.waitstatus_to_exitcode(status)
-                end = min(end, time.time() + 20) if processes[pid] else end
-            elif time.time() > end:
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-    codes = [code for code in processes.values() if code]
-    return (2 if 2 in codes else codes[0] if codes else 0), log.read_text()
+    log, environment = folder.with_suffix(".log"), {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ}
+    code = forks.run(strategy, None, [*flags, "--output_dir", str(folder)], log, environment, timeout=300)
+    return code, log.read_text()
 
 
 def in_a_fork(function, *arguments):
@@ -266,10 +231,7 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="SAVER/STRATEGY/MODEL", default=everything, choices=everything)
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # threads do not outlive a fork
-    import deepspeed  # noqa: F401
-    import peft  # noqa: F401
-
-    import train  # noqa: F401
+    forks.import_libraries()
     from zerotune.run.records import environment_facts, write_json
 
     facts = environment_facts()

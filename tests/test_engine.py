@@ -46,10 +46,11 @@ from zerotune.engine.stopping import Watchdog
 state = PartialState(cpu=True, backend="gloo")
 watchdog = Watchdog(1.0 if state.process_index == 0 else 600.0, state.process_index)
 print("neighbours", state.process_index, len(watchdog.neighbours), flush=True)
-time.sleep(20)
+time.sleep(12)
 """
 
 
+@pytest.mark.launch
 def test_a_watchdog_ends_its_own_node_alone(tmp_path):
     """Four ranks as two nodes of two, on one machine and so with one host name: rank 0 stalls, and ends rank 1, not 2 and 3."""
     (tmp_path / "watched.py").write_text(WATCHED.format(root=str(ROOT)))

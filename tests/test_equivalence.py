@@ -1,10 +1,13 @@
 """Every cut of the same 16 rows (micro-batch x accumulation x processes x ZeRO stage x pieces of the loss) is the same training.
 
-The judge is a plain PyTorch loop over the whole batch, written here with nothing from zerotune/. Losses must agree to 1e-5. For the
-final weights the bound is measured, not guessed: the reference is run once more with its rows reversed and its sums cut in two,
-which is the same mathematics in another order of rounding; AdamW turns the rounding of vanishing gradients (BART's key biases have
-a true gradient of 0) into steps of lr, so that this floor is far above float32's own. train.py may be ten floors away, but a
-mean-of-means loop, the classic mistake, must be further away than that, or the rows could not tell.
+The judge is a plain PyTorch loop over the whole batch, written here with nothing from zerotune/. Losses must agree within 1e-5, 40
+times what rounding makes of them on four kinds of processor (2.4e-7).
+
+Final weights are compared by their update: the distance of two updates over the length of one. UPDATE_BOUND is 30 times the largest
+distance of reference runs that differ in rounding alone (1.6e-5: rows in another order, cut in 2 and 16 sums, with the vector units
+of AVX512, of AVX2 and with neither), and an eightieth of that of a mean-of-means loop, the classic mistake (4e-2). Left out are the
+biases of attention's keys (BART): softmax does not see them, so their true gradient is 0, and AdamW divides the rounding that is
+left by its own size.
 """
 
 import json
@@ -13,8 +16,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
-STEPS, LEARNING_RATE, WARMUP, WEIGHT_DECAY, CLIP = 6, 3e-3, 3, 0.1, 0.5
+STEPS, LEARNING_RATE, WARMUP, WEIGHT_DECAY, CLIP = 6, 1e-3, 3, 0.1, 0.5
+UPDATE_BOUND = 5e-4
 FLAGS = {
     "max_steps": STEPS,
     "learning_rate": LEARNING_RATE,
@@ -90,29 +95,29 @@ def reference(folder, path, causal, parts=1, mean_of_means=False):
     return losses, model.state_dict()
 
 
-def distance(weights, expected):
-    """Return the relative L2 distance of all tensors that both have; tied weights may be stored once."""
-    names = [name for name in expected if name in weights]
+def distance(weights, expected, initial):
+    """Return |weights - expected| / |expected - initial| (L2) over all tensors but keys' biases; tied ones may be stored once."""
+    names = [name for name in expected if name in weights and name in initial and not name.endswith("k_proj.bias")]
     assert len(names) > 10
-    difference = math.sqrt(sum((weights[n].double() - expected[n].double()).pow(2).sum().item() for n in names))
-    return difference / math.sqrt(sum(expected[n].double().pow(2).sum().item() for n in names))
+    difference = sum((weights[n].double() - expected[n].double()).pow(2).sum().item() for n in names)
+    return math.sqrt(difference / sum((expected[n].double() - initial[n].double()).pow(2).sum().item() for n in names))
 
 
 @pytest.fixture(scope="module")
 def references(tiny, rows16):
-    """Return family -> (losses, weights, bound on the distance of weights)."""
+    """Return a function family -> (losses, final weights, initial weights)."""
     known = {}
 
     def get(family):
         if family not in known:
             folder, causal = tiny(family), family == "llama"
+            initial = load_file(folder / "model.safetensors")
             losses, weights = reference(folder, rows16, causal)
-            floor = distance(reference(folder, rows16, causal, parts=2)[1], weights)
+            assert distance(reference(folder, rows16, causal, parts=2)[1], weights, initial) < UPDATE_BOUND
             means, wrong = reference(folder, rows16, causal, parts=4, mean_of_means=True)
-            bound = 10 * floor
-            assert floor < 1e-3 and distance(wrong, weights) > 3 * bound, (floor, distance(wrong, weights))
+            assert distance(wrong, weights, initial) > 30 * UPDATE_BOUND
             assert max(abs(mean / loss - 1) for mean, loss in zip(means, losses, strict=True)) > 1e-4
-            known[family] = losses, weights, bound
+            known[family] = losses, weights, initial
         return known[family]
 
     return get
@@ -129,7 +134,7 @@ CASES = [
     ("t5", "zero2_offload", 2, 8, 1, False, 0),
     ("t5", "zero3", 2, 4, 2, True, 3),
     ("t5", "zero3_offload", 2, 1, 8, False, 0),
-    ("t5", "zero3_nvme", 2, 4, 2, False, 0),
+    pytest.param("t5", "zero3_nvme", 2, 4, 2, False, 0, marks=pytest.mark.nvme),
     ("bart", None, 1, 4, 4, False, 0),
     ("bart", "cpu", 2, 4, 2, True, 0),
     ("bart", "zero2", 2, 1, 8, True, 2),
@@ -143,10 +148,11 @@ CASES = [
 @pytest.mark.launch
 @pytest.mark.parametrize("family, strategy, processes, micro, accumulation, checkpointing, chunks", CASES)
 def test_trajectory(train, tiny, rows16, references, family, strategy, processes, micro, accumulation, checkpointing, chunks):
-    losses, weights, bound = references(family)
+    losses, weights, initial = references(family)
     result = train(
         strategy,
         processes=processes,
+        real=strategy in ("single", "cpu", "zero1", "zero2_offload", "zero3_nvme"),  # the others are elsewhere
         model_name_or_path=tiny(family),
         task="causal" if family == "llama" else "seq2seq",
         source_suffix="",
@@ -162,4 +168,4 @@ def test_trajectory(train, tiny, rows16, references, family, strategy, processes
     assert [record["loss"] for record in records] == pytest.approx(losses, rel=1e-5)
     assert records[-1]["learning_rate"] == pytest.approx(LEARNING_RATE / (STEPS - WARMUP))
     assert records[0]["grad_norm"] > CLIP  # clipping was active
-    assert distance(result.weights(), weights) < bound
+    assert distance(result.weights(), weights, initial) < UPDATE_BOUND

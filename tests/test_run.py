@@ -24,13 +24,16 @@ def rows5(tmp_path_factory):
 
 @pytest.mark.launch
 def test_evaluation_is_the_same_on_every_strategy(train, tiny, rows16, rows5):
-    """Losses, metrics and predictions of 5 rows: one process with batches of 5, DDP and ZeRO-3 with unequal work and early ends."""
+    """Losses, metrics and predictions of 5 rows: one process with batches of 5, DDP and ZeRO-3 with unequal work and early ends.
+
+    1e-5 is 100 times what rounding makes of the losses here (9e-8 over AVX512, AVX2 and neither).
+    """
     options = {
         "model_name_or_path": tiny("t5"),
         "train_file": rows16,
         "validation_file": rows5,
         "test_file": rows5,
-        "learning_rate": 1e-2,
+        "learning_rate": 1e-3,
         "max_steps": 4,
         "eval_steps": 2,
         "logging_steps": 2,
@@ -39,8 +42,8 @@ def test_evaluation_is_the_same_on_every_strategy(train, tiny, rows16, rows5):
         "seed": 5,
     }
     one = train(None, name="one", per_device_train_batch_size=16, per_device_eval_batch_size=5, **options)
-    ddp = train("ddp", name="ddp", per_device_train_batch_size=8, per_device_eval_batch_size=2, **options)
-    zero3 = train("zero3", name="zero3", per_device_train_batch_size=8, per_device_eval_batch_size=2, **options)
+    ddp = train("ddp", name="ddp", real=True, per_device_train_batch_size=8, per_device_eval_batch_size=2, **options)
+    zero3 = train("zero3", name="zero3", real=True, per_device_train_batch_size=8, per_device_eval_batch_size=2, **options)
     expected = (one.folder / "predictions.jsonl").read_text()
     lines = [json.loads(line) for line in expected.splitlines()]
     assert [line["line"] for line in lines] == [1, 2, 3, 4, 5]
@@ -75,6 +78,7 @@ def test_evaluation_is_the_same_on_every_strategy(train, tiny, rows16, rows5):
 def test_bf16_learns(train, tiny, rows16, strategy, family):
     result = train(
         strategy,
+        real=strategy != "ddp",
         model_name_or_path=tiny(family),
         task="causal" if family == "llama" else "seq2seq",
         train_file=rows16,

@@ -18,7 +18,7 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *(ROOT / name / "README.md" for name in
 OTHER_FLAGS = set(
     "config_file num_processes num_machines machine_rank main_process_ip main_process_port deepspeed_multinode_launcher help "
     "config disable-pip-version-check no-cache-dir quiet matrix out peer strategies repeats num_processes no-index no-deps "
-    "find-links basetemp".split()
+    "find-links basetemp quick".split()
 )
 
 
@@ -39,6 +39,20 @@ def test_every_flag_in_documents_exists():
     found = {(path.name, flag) for path in DOCUMENTS for flag in re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", path.read_text())}
     assert len(found) > 30
     assert not {(name, flag) for name, flag in found if flag not in known}
+
+
+def test_rooms_import_from_above_alone():
+    """rows, model, engine, run, tools: no room imports one that comes after it, and nothing imports train.py."""
+    rooms, seen = ["rows", "model", "engine", "run", "tools"], 0
+    for path in sorted((ROOT / "zerotune").rglob("*.py")):
+        room = path.relative_to(ROOT / "zerotune").parts[0]
+        for line in re.findall(r"^\s*(?:from|import) (zerotune[\w.]*|train)\b", path.read_text(), re.MULTILINE):
+            used = line.split(".")[1] if "." in line else line
+            seen += 1
+            assert line != "train", path
+            if room in rooms and used in rooms:
+                assert rooms.index(used) <= rooms.index(room), (path, line)
+    assert seen > 50
 
 
 def test_every_path_in_documents_exists():

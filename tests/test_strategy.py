@@ -37,7 +37,9 @@ def test_shipped_configurations_pair_up():
             assert content["deepspeed_config"]["zero3_init_flag"] == path.stem.startswith("zero3")
 
 
-@pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=[pytest.mark.nvme] * ("nvme" in path.stem)) for path in JSONS]
+)
 def test_shipped_json_is_resolved_without_auto(path):
     config = config_of(path.stem)
     check_config(config, path.name, ARGS)
