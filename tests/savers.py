@@ -145,8 +145,9 @@ def loss_of(run, name):
     from zerotune.model.quantization import quantization_config
     from zerotune.rows.collation import Collator
     from zerotune.rows.data import Data
+    from zerotune.run.arguments import Arguments
 
-    args = argparse.Namespace(**json.loads((run / "run.json").read_text())["arguments"])
+    args = Arguments(**json.loads((run / "run.json").read_text())["arguments"])
     adapter = args.peft and name == "final"
     tokenizer = AutoTokenizer.from_pretrained(run / name)
     quantization = quantization_config(args, None, torch.float32, 0)

@@ -6,5 +6,5 @@
     run/     one run: its flags, its records, its checkpoints, what it leaves
     tools/   commands around runs: python -m zerotune --help
 
-errors.py and quiet.py stand before the rooms and import nothing of them.
+errors.py, flags.py and quiet.py stand before the rooms and import nothing of them.
 """

@@ -1,128 +1,35 @@
-"""From files to checked, tokenised rows, and from rows to padded batches.
+"""From files to checked, tokenised rows on disk, mapped into memory.
 
-A file is read row by row with its line numbers, checked and tokenised once; the result is a folder in the datasets cache, named by
-the SHA-256 of all that went into it (file contents, tokenizer, flags), so that every other process, and the next run, only maps it
-into memory. A row's columns:
-    input_ids    list[int]  the encoder's (or classifier's) input; causal: prompt and target in one
-    labels       list[int]  the tokens to predict; causal: as long as input_ids and already shifted, -100 where nothing is predicted
-    label        str        the class (classification)
-    reference    str        the target text as it was given
-    prompt_length int       tokens of input_ids that are given at generation (causal pairs)
-    length       int        tokens of the encoder's and the decoder's input together; longest_side: of the longer one; largest_id
-    num_targets, source_cut, target_cut, line   int; error  str, empty for a good row
+A file is read row by row with its line numbers, checked and tokenised once; the result is an Arrow file in the datasets cache, in a
+folder named by the SHA-256 of all that went into it (file contents, tokenizer, flags), so that every other process, and the next
+run, only maps it. encoding.py says what columns a row has.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
+import multiprocessing
 import os
 import tempfile
-from collections import Counter
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from zerotune.errors import UserError, nearest
-from zerotune.rows import IGNORE
+from zerotune.errors import UserError
+from zerotune.flags import ROWS, names_deciding
+from zerotune.rows.encoding import FORMAT, encode
 from zerotune.rows.files import read_rows
 
-FORMAT = 3  # of the cached rows: raise it when encode() changes what it writes
-FLAGS_OF_ROWS = (
-    "task source_column target_column text_column label_column source_prefix source_suffix source_lang target_lang "
-    "max_source_length max_target_length"
-)
+ROWS_FILE = "rows.arrow"
+LAYOUT = 2  # of the files in a folder of cached rows
+CHUNK = 1000  # rows that are tokenised in one go
 SPLITS = {"train": "train_file", "validation": "validation_file", "test": "test_file"}
-
-
-def text_of(record, column, flag, allow_empty=False):
-    """Return a text column of one row; raise ValueError with what is wrong."""
-    if column not in record:
-        raise ValueError(f"no column {column!r}{nearest(column, record)}; columns: {', '.join(record) or 'none'}; see --{flag}")
-    value = record[column]
-    if not isinstance(value, str):
-        raise ValueError(f"column {column!r} is {type(value).__name__}, not text")
-    if not value.strip() and not allow_empty:
-        raise ValueError(f"column {column!r} is empty")
-    return value
-
-
-def fields_of(record, args):
-    """Return (source or None, target or None, label) texts of one row for args.task; raise ValueError."""
-    if args.task == "classification":
-        text = text_of(record, args.text_column or "text", "text_column")
-        label = record.get(args.label_column)
-        if isinstance(label, float) or not isinstance(label, (str, int)) or label == "":
-            found = "missing or empty" if label in (None, "") else f"{type(label).__name__}, not text or a whole number"
-            raise ValueError(f"column {args.label_column!r} is {found}; see --label_column")
-        return text, None, str(label)
-    if args.task == "causal" and args.text_column:
-        return None, text_of(record, args.text_column, "text_column"), ""
-    source = text_of(record, args.source_column, "source_column", allow_empty=True)
-    return source, text_of(record, args.target_column, "target_column"), ""
-
-
-def tokenise(tokenizer, texts, max_length, side="text", **options):
-    """Return (token ids of each text, tokens cut off each): special tokens are kept where the tokenizer adds them.
-
-    side: "text", or "text_target", for which mBART-like tokenizers write the target language's marks.
-    """
-    options |= {"padding": False, "return_attention_mask": False, "verbose": False}
-    ids = tokenizer(**{side: texts}, truncation=False, **options)["input_ids"]
-    cut = [max(0, len(row) - max_length) for row in ids]
-    for index in np.flatnonzero(cut):
-        ids[index] = tokenizer(**{side: texts[index]}, truncation=True, max_length=max_length, **options)["input_ids"]
-    return ids, cut
-
-
-def encode(batch, tokenizer, args):
-    """Return the tokenised columns (see the module's text) of a batch of {line, record, error} rows."""
-    errors, fields = list(batch["error"]), []
-    for index, record in enumerate(batch["record"]):
-        try:
-            fields.append(fields_of(json.loads(record), args) if not errors[index] else ("", "", ""))
-        except ValueError as error:
-            errors[index] = str(error)
-            fields.append(("", "", ""))
-    sources = [f"{args.source_prefix}{source or ''}" for source, _, _ in fields]
-    targets = [target or "" for _, target, _ in fields]
-    rows = []
-    if args.task == "causal":
-        suffix = "\n" if args.source_suffix is None else args.source_suffix
-        suffix_ids = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
-        eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        prompts, source_cut = tokenise(tokenizer, sources, max(1, args.max_source_length - len(suffix_ids)))
-        alone = bool(args.text_column)  # one text a row: the tokenizer's own special tokens, all of it learned
-        limit = args.max_source_length if alone else args.max_target_length
-        answers, target_cut = tokenise(tokenizer, targets, limit - len(eos), add_special_tokens=alone)
-        for index, answer in enumerate(answers):
-            prompt = [] if alone else prompts[index] + suffix_ids
-            ended = answer if target_cut[index] or answer[-1:] == eos else answer + eos
-            ids = prompt + ended
-            labels = ([IGNORE] * len(prompt) + ended)[1:] + [IGNORE]
-            rows.append((ids, labels, len(prompt)))
-        source_cut = [0] * len(rows) if alone else source_cut
-    else:
-        suffixed = [source + (args.source_suffix or "") for source in sources]
-        inputs, source_cut = tokenise(tokenizer, suffixed, args.max_source_length)
-        if args.task == "seq2seq":
-            labels, target_cut = tokenise(tokenizer, targets, args.max_target_length, side="text_target")
-        else:
-            labels, target_cut = [[0]] * len(inputs), [0] * len(inputs)  # the class number is filled in by the collator
-        rows = [(ids, label, 0) for ids, label in zip(inputs, labels, strict=True)]
-    columns = {key: [] for key in ("input_ids", "labels", "prompt_length", "length", "longest_side", "largest_id", "num_targets")}
-    for index, (ids, labels, prompt_length) in enumerate(rows):
-        num_targets = sum(label != IGNORE for label in labels)
-        if num_targets == 0 and not errors[index]:
-            errors[index] = "no target token is left to learn from"
-        columns["input_ids"].append(ids)
-        columns["labels"].append(labels)
-        columns["prompt_length"].append(prompt_length)
-        columns["length"].append(len(ids) + (len(labels) if args.task == "seq2seq" else 0))
-        columns["longest_side"].append(max(len(ids), len(labels)))
-        columns["largest_id"].append(max([*ids, *labels, 0]))
-        columns["num_targets"].append(num_targets)
-    texts = {"label": [label for _, _, label in fields], "reference": targets}
-    return columns | texts | {"source_cut": source_cut, "target_cut": target_cut, "line": batch["line"], "error": errors}
 
 
 def file_sha256(path):
@@ -157,73 +64,109 @@ def load_split(split, args, tokenizer, identity, hub):
     if path is None and split not in hub:
         return None, None, False
     source = file_sha256(path) if path is not None else hub[split]._fingerprint
-    parts = [FORMAT, source, Path(path).suffix if path else "", *(getattr(args, name) for name in FLAGS_OF_ROWS.split())]
+    flags = (getattr(args, name) for name in names_deciding(args, ROWS))
+    parts = [FORMAT, source, Path(path).suffix if path else "", *flags]
     digest = hashlib.sha256((json.dumps(parts) + identity).encode()).hexdigest()[:32]
     root = Path(datasets.config.HF_DATASETS_CACHE) / "zerotune"
-    folder, built = root / digest, False
+    folder, built = root / f"{digest}-{LAYOUT}", False
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as scratch:
-            rows = raw_rows(path, hub[split] if path is None else None, scratch)
-            if rows is None or len(rows) == 0:
+            done = Path(scratch) / "done"
+            done.mkdir()
+            records = records_of(path, hub[split] if path is None else None, scratch)
+            if write_rows(done / ROWS_FILE, records, tokenizer, args) == 0:
                 raise UserError(f"{path or args.dataset_name}: the {split} split has no rows")
-            rows = rows.map(
-                encode,
-                batched=True,
-                remove_columns=rows.column_names,
-                fn_kwargs={"tokenizer": tokenizer, "args": args},
-                num_proc=args.preprocessing_num_workers if args.preprocessing_num_workers > 1 else None,
-                cache_file_name=os.path.join(scratch, "tokenised.arrow"),
-                desc=f"tokenise {split}",
-            )
-            rows.save_to_disk(os.path.join(scratch, "done"))
             try:
-                os.rename(os.path.join(scratch, "done"), folder)
+                os.rename(done, folder)
             except OSError:
                 if not folder.exists():  # else another node was first, with the same rows
                     raise
         built = True
-    return datasets.load_from_disk(str(folder)), digest, built
+    return datasets.Dataset.from_file(str(folder / ROWS_FILE)), digest, built
 
 
-def raw_rows(path, hub_split, scratch):
-    """Return a Dataset of {line, record, error}, None if there are no rows; tables (Parquet, hub) count rows in place of lines."""
-    if path is None or Path(path).suffix == ".parquet":
-        try:
-            table = hub_split if path is None else datasets.Dataset.from_parquet(path, cache_dir=scratch)
-        except Exception as error:  # the reader's own errors have no common base
-            raise UserError(f"{path}: not a Parquet file: {' '.join(str(error).split())[:200]}") from None
-        generator, options = table_rows, {"table": table}
-    else:
-        generator, options = read_rows, {"path": str(path)}
-    features = datasets.Features(
-        {name: datasets.Value(kind) for name, kind in (("line", "int64"), ("record", "string"), ("error", "string"))}
-    )
+def write_rows(path, records, tokenizer, args):
+    """Tokenise (line, record, error) tuples into an Arrow file, with several processes if the flags say so; return their number."""
+    count, writer = 0, None
+    chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])
+    with contextlib.ExitStack() as stack:
+        for batch in encoded(chunks, tokenizer, args, stack):
+            if writer is None:
+                writer = stack.enter_context(
+                    pa.RecordBatchStreamWriter(stack.enter_context(pa.OSFile(str(path), "wb")), batch.schema)
+                )
+            writer.write_batch(batch)
+            count += batch.num_rows
+    return count
+
+
+def encoded(chunks, tokenizer, args, stack):
+    """Yield the record batches of chunks of records, in their order; not more than a few chunks are in memory at a time."""
+    if args.preprocessing_num_workers == 1:
+        for chunk in chunks:
+            yield encode(chunk, tokenizer, args)
+        return
+    workers, fork = args.preprocessing_num_workers, multiprocessing.get_context("fork")  # the tokenizer goes along unpickled
+    pool = stack.enter_context(ProcessPoolExecutor(workers, fork, initializer=give, initargs=(tokenizer, args)))
+    waiting = deque()
+    for chunk in chunks:
+        waiting.append(pool.submit(encode_given, chunk))
+        if len(waiting) > 2 * workers:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+GIVEN = []  # a worker's tokenizer and flags
+
+
+def give(*values):
+    GIVEN[:] = values
+
+
+def encode_given(chunk):
+    return encode(chunk, *GIVEN)
+
+
+def records_of(path, hub_split, scratch):
+    """Return an iterator of (line, record, error); tables (Parquet, hub) count rows in place of lines."""
+    if path is not None and Path(path).suffix != ".parquet":
+        return read_rows(str(path))
     try:
-        return datasets.Dataset.from_generator(generator, features=features, cache_dir=scratch, gen_kwargs=options)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise (error.__cause__ if isinstance(error.__cause__, UserError) else error) from None
-    except ValueError as error:
-        if "corresponds to no data" not in str(error):
-            raise
-        return None
+        table = hub_split if path is None else datasets.Dataset.from_parquet(path, cache_dir=scratch)
+    except Exception as error:  # the reader's own errors have no common base
+        raise UserError(f"{path}: not a Parquet file: {' '.join(str(error).split())[:200]}") from None
+    return table_rows(table)
 
 
 def table_rows(table):
     for number, record in enumerate(table, 1):
-        yield {"line": number, "record": json.dumps(record, default=str), "error": ""}
+        yield number, json.loads(json.dumps(record, default=str)), ""  # dates and the like become texts
+
+
+def column(rows, name):
+    """Return a column of a Dataset as pyarrow's, without making Python objects of it."""
+    return rows.select_columns(name).with_format("arrow")[:][name]
+
+
+def numbers(rows, name):
+    """Return a column of whole numbers as an array."""
+    return column(rows, name).to_numpy()
 
 
 def bad_rows(rows, name, known_labels=None):
     """Return (problem of each bad row as 'file:line: what', the good rows' indices)."""
-    errors = rows["error"][:]
+    errors, lines = column(rows, "error"), numbers(rows, "line")
+    found = {int(index): errors[int(index)].as_py() for index in np.flatnonzero(pc.not_equal(errors, "").to_numpy())}
     if known_labels is not None:
-        for index, label in enumerate(rows["label"][:]):
-            if not errors[index] and label not in known_labels:
-                errors[index] = f"label {label!r} is outside the set {', '.join(known_labels)}"
-    lines = rows["line"][:]
-    good = [index for index, error in enumerate(errors) if not error]
-    return [f"{name}:{lines[index]}: {error}" for index, error in enumerate(errors) if error], good
+        labels = column(rows, "label")
+        unknown = pc.invert(pc.is_in(labels, value_set=pa.array(list(known_labels), pa.string()))).to_numpy()
+        for index in np.flatnonzero(unknown):
+            problem = f"label {labels[int(index)].as_py()!r} is outside the set {', '.join(known_labels)}"
+            found.setdefault(int(index), problem)
+    good = np.delete(np.arange(len(rows)), sorted(found))
+    return [f"{name}:{lines[index]}: {found[index]}" for index in sorted(found)], good
 
 
 def sort_labels(labels):
@@ -252,12 +195,12 @@ class Data:
             raise UserError(f"{args.dataset_name}: no train split")
         self.labels = None
         if args.task == "classification":
-            found = {label for label in set(self.rows["train"]["label"][:]) if label}
+            found = {label for label in pc.unique(column(self.rows["train"], "label")).to_pylist() if label}
             self.labels = args.labels or (list(model_labels) if found <= set(model_labels) else sort_labels(found))
         problems = []
         for split, rows in list(self.rows.items()):
             bad, good = bad_rows(rows, names[split], self.labels)
-            if split == "test" and not good and args.test_file is None:
+            if split == "test" and not len(good) and args.test_file is None:
                 del self.rows[split]
                 continue
             self.bad[split] = len(bad)
@@ -266,9 +209,9 @@ class Data:
                 problems += [f"{len(bad)} bad rows in {names[split]}{more}; mend them or pass --skip_bad_rows", *bad[:10]]
             elif bad:
                 self.rows[split] = rows.select(good)
-            if bad and not good:
+            if bad and not len(good):
                 problems.append(f"{names[split]}: no good row is left")
-            self.lengths[split] = np.asarray(self.rows[split]["length"][:])
+            self.lengths[split] = numbers(self.rows[split], "length")
             problems += self.limits(split, names[split], args, max_positions, vocab_size)
         if problems:
             raise UserError(*problems)
@@ -278,8 +221,8 @@ class Data:
         rows, problems = self.rows[split], []
         virtual = args.num_virtual_tokens if args.peft in ("prefix", "prompt") else 0  # they come first and take positions
         if max_positions is not None:
-            longest = max(rows["longest_side"][:], default=0)
-            room = max(rows["prompt_length"][:], default=0) + (args.generation_max_length or args.max_target_length)
+            longest = numbers(rows, "longest_side").max(initial=0)
+            room = numbers(rows, "prompt_length").max(initial=0) + (args.generation_max_length or args.max_target_length)
             generates = split == "test" or (split == "validation" and args.predict_with_generate and bool(args.metric))
             generates = generates and args.task == "causal" and not args.text_column
             for tokens, what in (
@@ -292,7 +235,7 @@ class Data:
                         f"{max_positions} positions; "
                         "lower --max_source_length, --max_target_length or --generation_max_length"
                     )
-        largest = max(rows["largest_id"][:], default=0)
+        largest = numbers(rows, "largest_id").max(initial=0)
         if vocab_size is not None and largest >= vocab_size:
             problems.append(
                 f"{name}: the tokenizer gives token {largest}, but the model has {vocab_size} embeddings; "
@@ -308,14 +251,15 @@ class Data:
             facts = {"rows": len(rows), "bad_rows": self.bad[split], "sha256": self.digests[split]}
             facts["length_tokens"] = {f"p{q}": int(np.percentile(lengths, q)) for q in (0, 50, 90, 99, 100)}
             for part in ("source", "target"):
-                cut = np.asarray(rows[f"{part}_cut"][:])
+                cut = numbers(rows, f"{part}_cut")
                 facts[f"truncated_{part}s"] = {
                     "rows": int((cut > 0).sum()),
                     "tokens": int(cut.sum()),
                     "longest_cut": int(cut.max()),
                 }
             if self.labels is not None:
-                facts["labels"] = dict(Counter(rows["label"][:]))
+                counts = pc.value_counts(column(rows, "label")).to_pylist()
+                facts["labels"] = {count["values"]: count["counts"] for count in counts}
             report[split] = facts
         return report
 

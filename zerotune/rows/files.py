@@ -11,16 +11,13 @@ from zerotune.errors import UserError
 
 
 def read_rows(path):
-    """Yield {line, record, error} for each row of a file: record is the row as JSON text, error says why there is none."""
+    """Yield (line, record, error) for each row of a file: record is a dict, error says why there is none."""
     suffix = Path(path).suffix
     if suffix == ".txt":
-        rows = ((line, {"text": text}, "") for line, text in text_lines(path) if text.strip())
-    elif suffix in (".csv", ".tsv"):
-        rows = csv_rows(path, "," if suffix == ".csv" else "\t")
-    else:
-        rows = json_rows(path)
-    for line, record, error in rows:
-        yield {"line": line, "record": json.dumps(record), "error": error}
+        return ((line, {"text": text}, "") for line, text in text_lines(path) if text.strip())
+    if suffix in (".csv", ".tsv"):
+        return csv_rows(path, "," if suffix == ".csv" else "\t")
+    return json_rows(path)
 
 
 def text_lines(path):

@@ -13,19 +13,8 @@ from typing import Literal
 
 from zerotune.engine.ending import exit_with
 from zerotune.errors import UserError
-from zerotune.run.parsing import (
-    BELOW_ONE,
-    CONTENT,
-    HARMLESS,
-    MATHEMATICS,
-    NOT_NEGATIVE,
-    POSITIVE,
-    ROWS,
-    SHARE,
-    flag,
-    out_of_range,
-    parse,
-)
+from zerotune.flags import BELOW_ONE, CONTENT, HARMLESS, MATHEMATICS, NOT_NEGATIVE, POSITIVE, ROWS, SHARE, flag, out_of_range
+from zerotune.run.parsing import parse
 
 POSITIVE_OR_MINUS_ONE = (lambda value: value == -1 or value > 0, "must be greater than 0, or -1")
 

@@ -1,7 +1,7 @@
 """What decides the mathematics of a run, for comparison on resume; what only logs, evaluates or saves is not in it."""
 
+from zerotune.flags import MATHEMATICS, names_deciding
 from zerotune.run.arguments import Arguments
-from zerotune.run.parsing import MATHEMATICS, names_deciding
 from zerotune.run.records import sha256_of
 
 

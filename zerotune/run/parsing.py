@@ -1,7 +1,7 @@
-"""From dataclasses of flags to a command line: what a flag is declared with, and how words become its value.
+"""From dataclasses of flags to a command line, and from its words to their values.
 
-A flag's declaration is the one home of what is known about it: default, help, unit, range, and what it decides. Nothing but the
-standard library is imported here, so that --help and a wrong flag answer at once.
+With the standard library alone, so that --help and a wrong flag answer at once: transformers' HfArgumentParser, whose ways this
+keeps, takes half a second to import.
 """
 
 import argparse
@@ -12,43 +12,6 @@ import typing
 from pathlib import Path
 
 from zerotune.errors import UserError, nearest
-
-# What a flag decides, which is what a resumed run must not change without saying so.
-MATHEMATICS = "mathematics"  # the update: its value is compared
-ROWS = "rows"  # the tokenised rows: it goes into their digest, which is compared
-CONTENT = "content"  # what it leads to is compared: a file's content, a model's weights, a number of steps
-HARMLESS = "harmless"  # logs, evaluates, saves, spares memory or time: never compared
-
-# What a number has to be: (test, words)
-POSITIVE = (lambda value: value > 0, "must be greater than 0")
-NOT_NEGATIVE = (lambda value: value >= 0, "must not be negative")
-SHARE = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
-BELOW_ONE = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
-
-
-def flag(default, help, *decides, range=None, unit=None):
-    """Return a dataclass field for a flag; decides: one or two of the words above, without which it is no flag."""
-    if not decides:
-        raise TypeError("a flag says what it decides: MATHEMATICS, ROWS, CONTENT or HARMLESS")
-    metadata = {"help": help, "decides": decides, "range": range, "unit": unit}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def names_deciding(dataclass, what):
-    """Return the names of the flags that decide MATHEMATICS, ROWS, CONTENT or nothing (HARMLESS), in their order."""
-    return [field.name for field in dataclasses.fields(dataclass) if what in field.metadata["decides"]]
-
-
-def out_of_range(args):
-    """Return a line for each flag whose value is outside the range that it is declared with."""
-    problems = []
-    for field in dataclasses.fields(args):
-        value, allowed = getattr(args, field.name), field.metadata["range"]
-        if allowed and value is not None and not allowed[0](value):
-            problems.append(f"--{field.name} {value}: {allowed[1]}")
-    return problems
 
 
 class Parser(argparse.ArgumentParser):
