@@ -9,12 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, check_engine
 
 from zerotune.run.arguments import Arguments
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *(ROOT / name / "README.md" for name in ("ds_configs", "benchmarks")), *SCRIPTS]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name / "README.md" for name in ("ds_configs", "benchmarks")),
+    *SCRIPTS,
+]
 OTHER_FLAGS = set(
     "config_file num_processes num_machines machine_rank main_process_ip main_process_port deepspeed_multinode_launcher help "
     "config disable-pip-version-check no-cache-dir quiet matrix out peer strategies repeats num_processes no-index no-deps "
@@ -23,13 +29,14 @@ OTHER_FLAGS = set(
 
 
 def test_ruff_and_shellcheck_are_clean():
+    """The hooks of .pre-commit-config.yaml, over everything."""
     assert len(SCRIPTS) >= 6
-    tools = Path(sys.executable).parent
-    for command in (
-        [tools / "ruff", "check", "."],
-        [tools / "ruff", "format", "--check", "."],
-        [tools / "shellcheck", "-x", "-P", "SCRIPTDIR", *SCRIPTS, ROOT / ".ci" / "run"],
-    ):
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert {hook["id"] for hook in hooks} == {"ruff-check", "ruff-format", "shellcheck"}
+    for hook in hooks:
+        tool, *words = hook["entry"].split()
+        files = [*SCRIPTS, ROOT / ".ci" / "run"] if hook["types"] == ["shell"] else ["."]
+        command = [Path(sys.executable).parent / Path(tool).name, *words, *files]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -62,8 +69,8 @@ def test_every_path_in_documents_exists():
     assert not {(name, place) for name, place in found if not (ROOT / place).exists()}
 
 
-def test_the_readmes_tables_are_the_committed_results():
-    readme = (ROOT / "README.md").read_text()
+def test_the_tables_of_benchmarks_are_the_committed_results():
+    readme = (ROOT / "docs" / "benchmarks.md").read_text()
     quickstart = json.loads((ROOT / "benchmarks/cpu/quickstart/results.json").read_text())
     rows = {(row["set"], row["strategy"]): row for row in quickstart["rows"]}
     for strategy in quickstart["matrix"]["strategies"]:
@@ -83,7 +90,7 @@ def test_the_readmes_tables_are_the_committed_results():
 
 
 def saver_lines(results):
-    """Return the README's lines for benchmarks/savers.yaml: the fastest first, memory of tensors in MB, peak in GiB."""
+    """Return the lines of docs/memory_savers.md for benchmarks/savers.yaml: the fastest first, tensors in MB, peak in GiB."""
     rows = sorted(results["rows"], key=lambda row: -(row["speed_ratio"] or {"median": 1})["median"])
     lines = []
     for row in rows:
@@ -98,11 +105,11 @@ def saver_lines(results):
     return lines
 
 
-def test_the_readmes_savers_are_the_committed_results():
+def test_the_tables_of_savers_are_the_committed_results():
     results = json.loads((ROOT / "benchmarks/cpu/savers/results.json").read_text())
     lines = saver_lines(results)
     assert len(lines) == len(results["matrix"]["sets"]) >= 8
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "docs" / "memory_savers.md").read_text()
     assert "\n".join(lines) + "\n" in readme
     variants = json.loads((ROOT / "benchmarks/cpu/savers_variants/results.json").read_text())
     for row in variants["rows"]:
