@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 
 from zerotune.engine import processes, stopping
 from zerotune.engine.deepspeed_config import has_cuda
+from zerotune.engine.determinism import set_deterministic
 from zerotune.engine.ending import exit_with, finish, restore_default_signals
 from zerotune.engine.optimizer import build_optimizer
 from zerotune.engine.schedule import Schedule
@@ -90,9 +91,9 @@ def setup(args):
         project_dir=args.output_dir,
     )
     processes.check_processes(accelerator)
+    set_deterministic(args.deterministic)
     console = records.Console(accelerator.is_main_process)
-    where = f"{accelerator.num_processes} process(es), {accelerator.device.type}"
-    console.say(f"strategy: {strategy.name}, {where}, mixed precision {args.mixed_precision}")
+    console.say(f"strategy: {strategy.name}, {processes.describe(accelerator)}, mixed precision {args.mixed_precision}")
     if args.mixed_precision == "fp16" and config.model_type in loading.T5_FAMILY:
         console.say("warning: T5's feed-forward output overflows in fp16 on many inputs; bf16 is safe where the hardware has it")
     return SimpleNamespace(
@@ -282,9 +283,9 @@ def end(run, step):
         run.monitor.watchdog.stop()
         final = export(run.accelerator, run.model, run.tokenizer, run.args.output_dir, run.args)
         run.console.say(f"final: {final} loads with from_pretrained, weights compared")
-    if (stop := run.stopper.known) and saver.last_step != step:
-        saver.save(step)
-    if stop:
+    if stop := run.stopper.known:
+        if saver.last_step != step:
+            saver.save(step)
         run.console.say(f"stopped by signal {stop} after step {step}; the same command goes on from the newest checkpoint")
     run.accelerator.wait_for_everyone()
     for tracker in run.accelerator.trackers:

@@ -3,7 +3,8 @@
     sudo .venv/bin/python tests/machines.py --out docs/machines.json     docs/machines.md beside it; goes on where it was stopped
     .venv/bin/python tests/machines.py --out runs/m.json --only avx2 --tests "tests/test_equivalence.py -k bart"
 
-The variants that need root (another user, mounts) are named as left out without it. What is not stated is as the machine has it.
+The variants that need root (another user, mounts) are named as left out without it; the other user has to be able to reach the
+interpreter, wherever it is installed. What is not stated is as the machine has it.
 """
 
 import argparse

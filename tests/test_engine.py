@@ -96,6 +96,20 @@ def test_final_survives_a_kill_while_it_is_replaced(tmp_path, moment):
 
 
 @pytest.mark.launch
+@pytest.mark.parametrize("family, task", [("t5", "seq2seq"), ("llama", "causal")])
+def test_deterministic_kernels_are_there_for_a_run(train, tiny, rows16, family, task):
+    """With --deterministic true a run, evaluation and generation included, meets no operation that has no deterministic form."""
+    options = {
+        "model_name_or_path": tiny(family), "task": task, "train_file": rows16, "validation_file": rows16, "max_steps": 2,
+        "save_steps": 0, "logging_steps": 1, "max_target_length": 8, "gradient_checkpointing": True,
+    }  # fmt: skip
+    runs = [train(None, name=name, deterministic=name == "on", **options) for name in ("on", "off")]
+    assert [run.run["arguments"]["deterministic"] for run in runs] == [True, False]
+    losses = [[record["loss"] for record in run.records("loss")] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2
+
+
+@pytest.mark.launch
 def test_a_folder_that_cannot_be_made_is_a_line(train, tiny, rows16):
     done = train(None, check=False, model_name_or_path=tiny("t5"), train_file=rows16, output_dir="/proc/x")
     assert done.code == 2 and done.output.count("\n") == 1

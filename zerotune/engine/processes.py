@@ -16,6 +16,11 @@ def check_processes(accelerator):
         raise RuntimeError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}")
 
 
+def describe(accelerator):
+    """Return the processes and their device in words."""
+    return f"{accelerator.num_processes} process(es), {accelerator.device.type}"
+
+
 def unwrap(model):
     """Return the model inside DDP's or DeepSpeed's wrapper, or the model; accelerate's own way imports DeepSpeed to ask for it."""
     wrapped = isinstance(model, torch.nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine"

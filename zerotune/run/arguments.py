@@ -168,6 +168,9 @@ class RunArguments:
     output_dir: str | None = flag(
         None, "Folder of run.json, metrics.jsonl, checkpoint-<step>/ and final/. Required.", HARMLESS, unit="dir"
     )
+    deterministic: bool = flag(
+        False, "On a GPU: kernels that give the same bits each time, somewhat slower; needed for bitwise resume there.", HARMLESS
+    )
     profile_steps: int = flag(
         0,
         "Time the phases of the last N steps but one, trace and count memory in the very last; 0: none.",

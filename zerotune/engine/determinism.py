@@ -1,0 +1,22 @@
+"""The same bits from the same run on a GPU: which of torch's kernels may be used.
+
+On a CPU train.py's runs are bitwise repeatable as they are. On a GPU some kernels add in an order that differs from run to run
+(atomic additions, the backward of attention, cuBLAS with several streams), and a resumed run then ends near the straight one only.
+"""
+
+import os
+
+import torch
+
+
+def set_deterministic(wanted):
+    """If wanted, have torch use kernels that give the same bits each time, and raise RuntimeError where an operation has none.
+
+    Before anything runs on the GPU: cuBLAS reads its workspace's setting when it is first used (docs.nvidia.com, cuBLAS,
+    "Results reproducibility"). torch's attention kernels switch to their deterministic backward by the same flag.
+    """
+    if not wanted:
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
