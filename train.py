@@ -228,7 +228,6 @@ def train(run, start):
         pin_memory=has_cuda(),
         generator=torch.Generator(),  # without its own, the loader would draw from the global state that dropout uses
     )
-
     step = start
     for step, micro_batches in monitor.steps(loader, start):
         learning_rate = run.schedule.lr_at(step - 1)

@@ -20,3 +20,4 @@ def set_deterministic(wanted):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention, where torch prefers it, does not promise the same bits twice
