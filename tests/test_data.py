@@ -92,6 +92,7 @@ BAD = [
         r"no column 'source' \(did you mean sorce\?\); columns: sorce, target; see --source_column",
     ),
     ('["w1"]', "a JSON list, not an object"),
+    ('{"source": "w1 \\ud83d", "target": "w2"}', "column 'source' holds half a character .a lone surrogate. at 3"),
 ]
 
 
@@ -102,13 +103,14 @@ def test_bad_rows_are_named_counted_and_can_be_skipped(tmp_path, tokenizer):
     with pytest.raises(UserError) as caught:
         load(path, tokenizer)
     problems = caught.value.problems
-    assert problems[0].startswith(f"15 bad rows in {path} (the first ten of 15)") and "--skip_bad_rows" in problems[0]
+    count = 3 * len(BAD)
+    assert problems[0].startswith(f"{count} bad rows in {path} (the first ten of {count})") and "--skip_bad_rows" in problems[0]
     assert len(problems) == 11
     for index, (_, message) in enumerate(BAD):
         assert problems[index + 1].startswith(f"{path}:{2 * index + 2}: ")
         assert re.search(message, problems[index + 1]), problems[index + 1]
     data = load(path, tokenizer, skip_bad_rows=True)
-    assert len(data.rows["train"]) == 15 and data.report()["train"]["bad_rows"] == 15
+    assert len(data.rows["train"]) == count and data.report()["train"]["bad_rows"] == count
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,22 @@ def test_rows_are_read_once_and_again_when_anything_changes(tmp_path, tokenizer)
     write(path, ROWS[:2])
     changed = load(path, tokenizer)
     assert changed.built["train"] and len(changed.rows["train"]) == 2
+
+
+def test_processes_that_tokenise_do_not_change_a_byte(tmp_path, tokenizer, monkeypatch):
+    """More rows than fit into a chunk, by one process and by three, into two caches; the second start reads no row."""
+    path, files = (
+        write(tmp_path / "many.jsonl", [dict(row, target=f"w{n} {row['target']}") for n in range(900) for row in ROWS]),
+        [],
+    )
+    for workers in (1, 3):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / f"cache{workers}"))
+        assert load(path, tokenizer, preprocessing_num_workers=workers).built["train"]
+        files += (tmp_path / f"cache{workers}").rglob("*.arrow")
+    assert len(files) == 2 and files[0].read_bytes() == files[1].read_bytes()
+    monkeypatch.setattr("zerotune.rows.data.read_rows", None)
+    again = load(path, tokenizer)
+    assert not again.built["train"] and again.rows["train"]["reference"][:3] == [f"w0 {row['target']}" for row in ROWS]
 
 
 def test_every_example_once_an_epoch():

@@ -16,7 +16,6 @@ from zerotune.errors import nearest
 from zerotune.rows import IGNORE
 
 FORMAT = 3  # of the cached rows: raise it when encode() changes what it writes
-TEXTS = ("label", "reference", "error")
 LISTS = ("input_ids", "labels")
 
 
@@ -29,6 +28,10 @@ def text_of(record, column, flag, allow_empty=False):
         raise ValueError(f"column {column!r} is {type(value).__name__}, not text")
     if not value.strip() and not allow_empty:
         raise ValueError(f"column {column!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"column {column!r} holds half a character (a lone surrogate) at {error.start}") from None
     return value
 
 
