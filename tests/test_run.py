@@ -2,10 +2,12 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import text
+from conftest import ROOT, text
 
 RECORD_KEYS = set(
     "step epoch loss learning_rate grad_norm target_tokens real_tokens tokens_per_second padding_fraction step_seconds "
@@ -136,6 +138,21 @@ def test_family_without_a_shift_of_its_own(train, tmp_path, tiny, rows16):
     result = train(None, max_steps=6, learning_rate=1e-2, logging_steps=2, **options)
     losses = [record["loss"] for record in result.records("loss")]
     assert losses[-1] < losses[0] and len((result.folder / "predictions.jsonl").read_text().splitlines()) == 16
+
+
+@pytest.mark.launch
+def test_a_run_imports_what_it_uses(tiny, rows16, tmp_path):
+    """A run without adapters, metrics and ZeRO imports none of their libraries before its last step; its start is recorded."""
+    flags = ["--model_name_or_path", tiny("gpt2"), "--task", "causal", "--train_file", rows16, "--output_dir", tmp_path / "run"]
+    command = [sys.executable, "-X", "importtime", "train.py", *flags, "--max_steps", "1", "--save_steps", "0"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    before, step, _ = done.stdout.partition("\nstep 1  ")
+    assert done.returncode == 0 and step
+    imported = {line.rpartition("|")[2].strip() for line in before.splitlines() if line.startswith("import time:")}
+    assert {"torch", "transformers", "accelerate"} <= imported
+    assert not imported & {"evaluate", "deepspeed", "peft", "bitsandbytes", "liger_kernel", "matplotlib"}
+    started = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert started["step"] == 0 and 0 < started["start_seconds"] < 600
 
 
 @pytest.mark.launch

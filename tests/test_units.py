@@ -1,5 +1,7 @@
 """Small pieces: learning rate, loss, optimizer groups, overflow watch, metrics, checkpointing's forward passes."""
 
+import importlib
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -7,15 +9,18 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config
 
+from zerotune.__main__ import TOOLS
+from zerotune.__main__ import main as tools
 from zerotune.engine.optimizer import build_optimizer, parameter_groups
 from zerotune.engine.precision import PATIENCE, OverflowWatch, prepare_scaler, take_step
 from zerotune.engine.schedule import lr_at
 from zerotune.errors import UserError
+from zerotune.flags import CONTENT, HARMLESS, MATHEMATICS, ROWS, flag, names_deciding
 from zerotune.model.activations import enable_gradient_checkpointing
 from zerotune.model.freezing import apply_rules
 from zerotune.model.loading import shift_right
 from zerotune.model.loss import count_targets, token_loss_sum
-from zerotune.run.arguments import parse_arguments
+from zerotune.run.arguments import Arguments, parse_arguments
 from zerotune.run.evaluation import load_metrics, metric_names
 from zerotune.run.records import redact
 
@@ -208,6 +213,61 @@ def test_help_has_every_flag_with_its_default(capsys):
     for group in ("model:", "data:", "freezing:", "learning:", "run:"):
         assert f"\n{group}\n" in text
     assert "(default: 5e-05)" in text and "tokens" in text
+
+
+HELP = """
+import runpy, sys
+sys.argv = ["train.py", "--help"]
+try:
+    runpy.run_path("train.py", run_name="__main__")
+except SystemExit:
+    print("IMPORTED", sorted({name.partition(".")[0] for name in sys.modules} & {"numpy", "torch", "transformers", "accelerate"}))
+"""
+
+
+def test_help_waits_for_no_library():
+    done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True)
+    assert "--learning_rate X" in done.stdout and done.stdout.endswith("IMPORTED []\n"), done.stdout[-300:] + done.stderr
+
+
+def test_every_flag_says_what_it_decides():
+    with pytest.raises(TypeError, match="a flag says what it decides"):
+        flag(1, "A flag that resuming would not know about.")
+    decided = [names_deciding(Arguments, what) for what in (MATHEMATICS, ROWS, CONTENT, HARMLESS)]
+    assert {name for names in decided for name in names} == set(Arguments.__dataclass_fields__)
+    assert "learning_rate" in decided[0] and "max_source_length" in decided[1] and "train_file" in decided[2]
+    assert not set(decided[3]) & {*decided[0], *decided[1], *decided[2]}
+
+
+def test_flags_in_both_spellings(tiny, rows16, tmp_path):
+    words = [
+        "--model-name-or-path",
+        str(tiny("t5")),
+        f"--train-file={rows16}",
+        "--output_dir",
+        str(tmp_path),
+        "--no_group_by_length",
+    ]
+    args = parse_arguments([*words, "--predict-with-generate", "false", "--gradient_checkpointing", "--max_steps=-1"])
+    assert (args.group_by_length, args.predict_with_generate, args.gradient_checkpointing, args.max_steps) == (
+        False,
+        False,
+        True,
+        -1,
+    )
+    with pytest.raises(UserError, match="--skip_bad_rows: 'perhaps' is none of true, false"):
+        parse_arguments([*words, "--skip_bad_rows", "perhaps"])
+    with pytest.raises(UserError, match="--warmup_ratio 1.5: must be between 0 and 1") as caught:
+        parse_arguments([*words, "--warmup_ratio", "1.5", "--lora_r", "0"])
+    assert sorted(caught.value.problems)[0] == "--lora_r 0: must be greater than 0" and len(caught.value.problems) == 2
+
+
+def test_tools_are_listed_and_there(capsys):
+    assert tools(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for name, (module, _) in TOOLS.items():
+        assert f"  {name} " in listed and callable(importlib.import_module(f"zerotune.tools.{module}").main)
+    assert tools(["bench"]) == 2 and "'bench' is no tool (did you mean benchmark?)" in capsys.readouterr().err
 
 
 def test_secrets_stay_out_of_the_command_line():
