@@ -36,13 +36,15 @@ VARIANTS = {  # name: (what it stands for, environment)
     "small shm": ("64 MiB of /dev/shm, as in a container", {}),
     "user": ("a user other than root", {}),
 }
+# The interpreter by its own path, not by a link in the checkout: DeepSpeed's operators are compiled anew when their includes move.
+PYTHON = str(ROOT / ".venv/bin/python")
 NEEDS_ROOT = ("read-only home", "small shm", "user")
 DEFAULT_TESTS = "-m launch"
 
 
-def command_of(name, checkout, scratch, tests):
-    """Return the command that runs the tests in `checkout` as a variant has it."""
-    pytest = [str(checkout / ".venv/bin/python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+def command_of(name, scratch, tests):
+    """Return the command that runs the tests as a variant has it."""
+    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     if name == "read-only home":
         home = scratch / "home"
         home.mkdir(exist_ok=True)
@@ -63,15 +65,16 @@ def run(name, tests, timeout):
     checkout = scratch / ("a path with ü" if name == "path" else "checkout")
     try:
         subprocess.run(["git", "clone", "--quiet", ROOT, checkout], check=True)
-        (checkout / ".venv").symlink_to(ROOT / ".venv")
         operators = scratch / "torch_extensions"  # of DeepSpeed: built once for all variants
         built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or ROOT / ".cache/torch_extensions")
         if built.is_dir():
             shutil.copytree(built, operators)
         environment = os.environ | VARIANTS[name][1] | {"TMPDIR": str(scratch), "TORCH_EXTENSIONS_DIR": str(operators)}
-        environment |= {"HF_HOME": str(scratch / "huggingface")} | ({"HOME": str(scratch)} if name == "user" else {})
+        environment |= {"HF_HOME": str(scratch / "huggingface"), "PYTHON": PYTHON} | (
+            {"HOME": str(scratch)} if name == "user" else {}
+        )
         begin = time.time()
-        command = command_of(name, checkout, scratch, tests)
+        command = command_of(name, scratch, tests)
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=timeout)
         counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout.splitlines()[-1])}
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
