@@ -36,9 +36,12 @@ def pytest_collection_modifyitems(items):
 
 def has_libaio():
     """Tell whether a C++ compiler finds libaio, of which DeepSpeed builds its NVMe operator."""
-    command = ["c++", "-x", "c++", "-", "-laio", "-o", os.devnull]
+    command, program = (
+        ["c++", "-x", "c++", "-", "-laio", "-o", os.devnull],
+        "#include <libaio.h>\nint main() { io_setup(1, nullptr); }",
+    )
     try:
-        return subprocess.run(command, input="#include <libaio.h>\nint main() {}", text=True, capture_output=True).returncode == 0
+        return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
     except OSError:
         return False
 
