@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -28,22 +29,25 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-    if not os.environ.get("CI") and not has_libaio():
+    if not os.environ.get("CI") and (reason := nvme_lacks()):
         for item in items:
             if "nvme" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no libaio with its headers; Debian: apt install libaio-dev g++"))
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def has_libaio():
-    """Tell whether a C++ compiler finds libaio, of which DeepSpeed builds its NVMe operator."""
-    command, program = (
-        ["c++", "-x", "c++", "-", "-laio", "-o", os.devnull],
-        "#include <libaio.h>\nint main() { io_setup(1, nullptr); }",
-    )
+def nvme_lacks():
+    """Return what NVMe offload lacks here, '' if nothing: libaio for a C++ compiler, or the right to lock memory."""
+    command = ["c++", "-x", "c++", "-", "-laio", "-o", os.devnull]
+    program = "#include <libaio.h>\nint main() { io_setup(1, nullptr); }"
     try:
-        return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
+        linked = subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
     except OSError:
-        return False
+        linked = False
+    if not linked:
+        return "no libaio with its headers; Debian: apt install libaio-dev g++"
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    few = os.geteuid() != 0 and 0 <= locked < 2_000_000_000
+    return f"this user may lock {locked:,} bytes of memory, and DeepSpeed locks 2 GB; raise ulimit -l" if few else ""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,16 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from zerotune.engine.deepspeed_config import RECORDED, SECTIONS, TOP_KEYS, autos, check_build_locks, check_config, resolve
+from zerotune.engine.deepspeed_config import (
+    RECORDED,
+    SECTIONS,
+    TOP_KEYS,
+    autos,
+    check_build_locks,
+    check_config,
+    check_locked_memory,
+    resolve,
+)
 from zerotune.errors import UserError
 from zerotune.run.arguments import Arguments
 
@@ -180,6 +189,16 @@ def test_missing_libaio_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("NVME_PATH", str(tmp_path))
     with pytest.raises(UserError, match="NVMe offload needs libaio with its headers"):
         check_config(config_of("zero3_nvme"), "zero3_nvme.json", ARGS)
+
+
+def test_too_little_memory_to_lock_is_named(monkeypatch):
+    """As another user than root: DeepSpeed's buffers for parameters on NVMe are 5 x 1e8 elements unless the JSON says otherwise."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (8_000_000, 8_000_000))
+    (problem,) = check_locked_memory(config_of("zero3_nvme"), "zero3_nvme.json", "bf16")
+    assert "locks 1,000,000,000 bytes" in problem and "may lock 8,000,000; raise the limit (ulimit -l" in problem
+    small = change("zero3_nvme", "zero_optimization.offload_param.buffer_size", 100_000)
+    assert check_locked_memory(small, "zero3_nvme.json", "no") == [] == check_locked_memory(config_of("zero3"), "zero3.json", "no")
 
 
 def test_a_lock_without_an_owner_is_named(tmp_path):

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import os
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -161,6 +162,24 @@ def check_nvme(path, where):
     except OSError as error:
         return [f"{where} {path}: {error.strerror}; give a folder that can be written"]
     return []
+
+
+def check_locked_memory(config, name, mixed_precision):
+    """Return a problem if this user may not lock as much memory as DeepSpeed's buffers for parameters on NVMe take.
+
+    DeepSpeed ends in an assertion then, after minutes (csrc/pin_memory/page_alloc.cpp: mlock). root has no such limit.
+    """
+    offload = section(config, "zero_optimization.offload_param")
+    if offload.get("device") != "nvme" or os.geteuid() == 0:
+        return []
+    elements = offload.get("buffer_count", 5) * offload.get("buffer_size", 100_000_000)  # DeepSpeed's defaults
+    needed, allowed = elements * (4 if mixed_precision == "no" else 2), resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if allowed == resource.RLIM_INFINITY or allowed >= needed:
+        return []
+    return [
+        f"{name}: NVMe offload locks {needed:,} bytes of host memory in each process, and this user may lock {allowed:,}; raise "
+        "the limit (ulimit -l, memlock in limits.conf), lower buffer_size in offload_param, or use zero3_offload"
+    ]
 
 
 def check_libaio(config, name):
@@ -333,6 +352,7 @@ def check_config(config, name, args):
             "from other weights; pass --save_steps 0 (final/ is still written at the end), or use zero3_offload"
         )
     problems += check_build_locks()
+    problems += check_locked_memory(config, name, args.mixed_precision)
     if not problems:
         problems = check_libaio(config, name)
     if problems:
