@@ -13,6 +13,7 @@ import yaml
 from conftest import ROOT, check_engine
 
 from zerotune.run.arguments import Arguments
+from zerotune.tools.benchmark import rows
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 DOCUMENTS = [
@@ -87,6 +88,14 @@ def test_the_tables_of_benchmarks_are_the_committed_results():
             f"{r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f})" for r in ratios
         )
         assert f"{line} |" in readme
+
+
+def test_the_table_of_rows_is_the_committed_result():
+    results = json.loads((ROOT / "benchmarks/cpu/rows/results.json").read_text())
+    table = rows.table(results).split("\n\n")[1].strip()
+    assert len(results["seconds"]) == 5 and {len(times) for times in results["seconds"].values()} == {5}
+    assert table in (ROOT / "docs" / "benchmarks.md").read_text()
+    assert table in (ROOT / "benchmarks/cpu/rows/table.md").read_text()
 
 
 def saver_lines(results):
