@@ -50,7 +50,7 @@ from zerotune.model.quantization import quantization_config
 from zerotune.rows.collation import Collator, TrainingSteps
 from zerotune.rows.data import Data, describe
 from zerotune.run import checkpoint, records
-from zerotune.run.evaluation import Evaluator, load_metrics
+from zerotune.run.evaluation import Evaluator, metrics_before_training
 from zerotune.run.export import export
 from zerotune.run.fingerprint import fingerprint
 from zerotune.run.guard import Guard
@@ -105,13 +105,13 @@ def load_rows(run):
     """Load and check the rows; do the batch arithmetic; choose the checkpoint to go on from."""
     args, accelerator, config = run.args, run.accelerator, run.config
     named = [name for name in config.id2label.values() if not str(name).startswith("LABEL_")]
-    vocabulary = max(config.get_text_config().vocab_size, len(run.tokenizer) if args.trainable_tokens else 0)
-    limits = loading.max_positions(config), vocabulary
+    limits = loading.max_positions(config), loading.vocabulary_size(config, run.tokenizer, args.trainable_tokens)
     run.data = processes.first_on_each_node(accelerator, lambda: Data(args, run.tokenizer, named, *limits))
     run.data_report = run.data.report()
     for split, facts in run.data_report.items():
         run.console.say(f"data: {describe(split, facts)}")
-    run.metrics = processes.first_on_each_node(accelerator, lambda: load_metrics(args.metric))
+    wanted = args.task, args.metric, len(run.data.rows) > 1
+    run.metrics = processes.first_on_each_node(accelerator, lambda: metrics_before_training(*wanted))
     run.data_report["tokenised_on_ranks"] = processes.ranks_where(any(run.data.built.values()), accelerator)
 
     run.schedule = Schedule.of(args, len(run.data.rows["train"]), accelerator.num_processes)

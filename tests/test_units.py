@@ -21,7 +21,7 @@ from zerotune.model.freezing import apply_rules
 from zerotune.model.loading import shift_right
 from zerotune.model.loss import count_targets, token_loss_sum
 from zerotune.run.arguments import Arguments, parse_arguments
-from zerotune.run.evaluation import load_metrics, metric_names
+from zerotune.run.evaluation import load_metrics, metric_names, metrics_before_training
 from zerotune.run.records import redact
 
 
@@ -186,6 +186,14 @@ def test_metrics_are_local_modules():
     assert len(custom) == 1
     with pytest.raises(UserError, match="cannot be loaded"):
         load_metrics(["./missing.py"])
+
+
+def test_a_missing_package_of_a_metric_is_found_before_training(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rouge_score" else find(name))
+    with pytest.raises(UserError, match="metrics of --task seq2seq need rouge_score: pip install"):
+        metrics_before_training("seq2seq", [], evaluated=True)
+    assert metrics_before_training("seq2seq", [], evaluated=False) == metrics_before_training("causal", [], evaluated=True) == {}
 
 
 def test_config_file_and_command_line(tmp_path, tiny, rows16):

@@ -217,6 +217,11 @@ def differ(stored, *names):
     return not torch.equal(*tensors)
 
 
+def vocabulary_size(config, tokenizer, trainable_tokens):
+    """Return how many embeddings the model will have: with trainable tokens those of added ones as well."""
+    return max(config.get_text_config().vocab_size, len(tokenizer) if trainable_tokens else 0)
+
+
 def about_new_weights(model, new_weights):
     """Return lines for the log: which weights the checkpoint did not have, and a warning of those that will not learn."""
     lines = []

@@ -4,6 +4,7 @@ Every rank makes the same number of forward and generate calls, whatever the row
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import time
@@ -19,12 +20,29 @@ from zerotune.rows import IGNORE
 from zerotune.rows.batches import evaluation_batches
 
 METRICS = Path(__file__).resolve().parents[2] / "metrics"
+PACKAGES = {"rouge": "rouge_score", "bleu": "sacrebleu"}  # which metrics/*.py import
 DEFAULT_METRICS = {"seq2seq": ("rouge", "bleu"), "causal": (), "classification": ("classification",)}
 
 
 def metric_names(task, names):
     """Return the names of --metric, or of the task's own metrics."""
     return names or [str(METRICS / f"{name}.py") for name in DEFAULT_METRICS[task]]
+
+
+def metrics_before_training(task, names, evaluated):
+    """Return load_metrics of --metric, {} without; evaluated: whether the run has rows to evaluate.
+
+    The task's own metrics are only looked for, so that nothing is found missing in the middle of a run: they are loaded at the
+    first evaluation, as their import takes seconds.
+    """
+    if not names and evaluated:
+        packages = ["evaluate", *(PACKAGES[name] for name in DEFAULT_METRICS[task] if name in PACKAGES)]
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        if missing and DEFAULT_METRICS[task]:
+            raise UserError(
+                f"the metrics of --task {task} need {', '.join(missing)}: pip install -r requirements.txt, or give another --metric"
+            )
+    return load_metrics(names)
 
 
 def load_metrics(names):
