@@ -20,7 +20,6 @@ if __name__ == "__main__":
 # isort: split
 import math
 from contextlib import nullcontext, suppress
-from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
@@ -74,6 +73,7 @@ def setup(args):
     records.check_tracker(args.report_to)
     config, tokenizer = loading.load_config_and_tokenizer(args)
     plugin = strategy.plugin(args, loading.hidden_size(config))
+    backend = "nccl" if has_cuda() else "gloo"
     accelerator = Accelerator(
         # With cpu=True accelerate would drop DeepSpeed; without it, and without a GPU, it would not start DDP on the CPU.
         cpu=plugin is None and not has_cuda(),
@@ -83,9 +83,14 @@ def setup(args):
         # while DeepSpeed wants to know the true number (see the backward call).
         gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps if plugin else 1),
         kwargs_handlers=[
-            # One process tokenises while the others wait; the libraries' 10 minutes would end a run on a large file.
-            *([InitProcessGroupKwargs("nccl" if has_cuda() else "gloo", timeout=timedelta(hours=6))] if strategy.launched else []),
-            DistributedDataParallelKwargs(find_unused_parameters=args.allow_unused),
+            *([InitProcessGroupKwargs(backend, timeout=processes.COLLECTIVE_TIMEOUT)] if strategy.launched else []),
+            DistributedDataParallelKwargs(
+                # DDP regroups the gradients after its first step, unless it looks for unused ones: after a resume the first step
+                # would add up in another order.
+                find_unused_parameters=args.allow_unused or args.deterministic,
+                gradient_as_bucket_view=True,  # else each gradient is held twice
+                broadcast_buffers=False,  # they are constants
+            ),
         ],
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,

@@ -7,6 +7,7 @@ On a CPU train.py's runs are bitwise repeatable as they are. On a GPU some kerne
 import os
 
 import torch
+import torch.utils.deterministic
 
 
 def set_deterministic(wanted):
@@ -19,5 +20,6 @@ def set_deterministic(wanted):
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # torch would write NaN over each buffer before its first use
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention, where torch prefers it, does not promise the same bits twice

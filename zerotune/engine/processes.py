@@ -1,12 +1,17 @@
 """The processes of a run: that as many run as were launched, on the engine that was asked for, and which of them goes first."""
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate.utils import gather_object
 
 from zerotune.engine.deepspeed_config import section
 from zerotune.errors import UserError
+
+# One process tokenises while the others wait; the libraries' 10 and 30 minutes would end a run on a large file. What ends a rank that
+# stalls in training is the watchdog (stopping.py).
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 
 def check_processes(accelerator):

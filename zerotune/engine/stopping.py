@@ -19,6 +19,7 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 
 from zerotune.engine.ending import SIGNALS, finish
+from zerotune.engine.processes import COLLECTIVE_TIMEOUT
 
 
 class Interrupted(Exception):
@@ -31,7 +32,8 @@ class Stopper:
     def __init__(self):
         self.received, self.received_at, self.known = 0, 0.0, 0
         # On GPUs the agreement goes through a group of its own on the CPU: it waits for no kernel.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if several else None
         # Python runs a handler only between two of its own instructions, never inside a collective that waits for a lost rank. The
         # interpreter's wake-up socket gets the signal's number at once, and a thread takes note of it.
         reader, self.writer = socket.socketpair()
@@ -76,6 +78,7 @@ class Watchdog:
         ranks = gather_object([(node, os.getpid())])
         self.neighbours = [pid for other, pid in ranks if other == node and pid != os.getpid()]
         # Another rank's watchdog asks for this one's stacks by SIGUSR2; faulthandler answers even from inside a library's C code.
+        faulthandler.enable()  # and when NCCL gives a rank up, which aborts it
         faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
         threading.Thread(target=self._watch, daemon=True).start()
 

@@ -52,12 +52,13 @@ def chunk_loss(model, num_chunks):
             f"--loss_chunks: the head is a {type(head).__name__}, and it is for a plain linear layer; leave the head out of the "
             "adapter's targets, or leave out --loss_chunks"
         )
-    bias, cap = getattr(model, "final_logits_bias", None), getattr(config, "final_logit_softcapping", None)
+    cap = getattr(config, "final_logit_softcapping", None)
     model_forward, head_forward = model.forward, head.forward
     hidden_states = None  # a list while the model runs for its hidden states alone
 
     def loss_sum_of(logits, labels):
-        if bias is not None:  # BART
+        # BART's bias, looked up each time: moving the model to a GPU makes another tensor of a buffer.
+        if (bias := getattr(model, "final_logits_bias", None)) is not None:
             logits = logits + bias
         if cap is not None:  # Gemma 2
             logits = torch.tanh(logits / cap) * cap

@@ -169,7 +169,9 @@ class RunArguments:
         None, "Folder of run.json, metrics.jsonl, checkpoint-<step>/ and final/. Required.", HARMLESS, unit="dir"
     )
     deterministic: bool = flag(
-        False, "On a GPU: kernels that give the same bits each time, somewhat slower; needed for bitwise resume there.", HARMLESS
+        False,
+        "The same bits each time, somewhat slower: for bitwise resume on a GPU, and with DDP on three or more processes anywhere.",
+        HARMLESS,
     )
     profile_steps: int = flag(
         0,
@@ -271,6 +273,11 @@ def check_savers(args):
     need(
         kind != "adalora" or args.mixed_precision != "fp16",
         "--peft adalora: in fp16 an overflow would spoil the importances by which it moves its ranks; use bf16",
+    )
+    need(
+        kind != "adalora" or not args.deterministic,
+        "--deterministic: --peft adalora picks its ranks by torch.kthvalue, which gives no promise of the same bits on a GPU; use "
+        "--peft lora, or leave out --deterministic",
     )
     need(not (args.merge_adapter and kind in ("prefix", "prompt")), f"--merge_adapter: --peft {kind} cannot be merged into weights")
     need(

@@ -297,9 +297,11 @@ def frozen_digest(accelerator, model):
     if frozen and (sharded or accelerator.is_main_process):
         digest = hashlib.sha256()
         for name, parameter in frozen:
-            shard = getattr(parameter, "ds_tensor", parameter).detach().cpu().contiguous()
+            shard = getattr(parameter, "ds_tensor", parameter).detach().cpu().contiguous().flatten()
+            if sharded:  # the last shards are padded with whatever was in memory
+                shard = shard[: max(0, parameter.ds_numel - accelerator.process_index * shard.numel())]
             digest.update(name.encode())
-            digest.update(shard.flatten().view(torch.uint8).numpy())
+            digest.update(shard.view(torch.uint8).numpy())
         mine = [digest.hexdigest()]
     return gather_object(mine)
 
