@@ -49,21 +49,25 @@ from zerotune.model.quantization import quantization_config
 from zerotune.rows.collation import Collator, TrainingSteps
 from zerotune.rows.data import Data, describe
 from zerotune.run import checkpoint, records
+from zerotune.run.autopsy import explained
 from zerotune.run.evaluation import Evaluator, metrics_before_training
 from zerotune.run.export import export
 from zerotune.run.fingerprint import fingerprint
+from zerotune.run.fit import Fit
 from zerotune.run.guard import Guard
 from zerotune.run.monitor import Monitor
 
 
 def main(args):
     run = setup(args)  # strategy, accelerator, console, config, tokenizer
-    load_rows(run)  # data, schedule; and which checkpoint is gone on from, if there is one
-    load_model(run)  # model, optimizer, and a report of what learns
-    start = resume(run)  # the position is one number: data order and learning rate follow from it
-    accompany(run, start)  # monitor, saver, guard, evaluator: what goes along with the loop
-    step = train(run, start)
-    end(run, step)
+    with explained(run):  # should memory run out
+        load_rows(run)  # data, and what the run will take
+        cut_steps(run)  # the batch arithmetic; and which checkpoint is gone on from, if there is one
+        load_model(run)  # model, optimizer, and a report of what learns
+        start = resume(run)  # the position is one number: data order and learning rate follow from it
+        accompany(run, start)  # monitor, saver, guard, evaluator: what goes along with the loop
+        step = train(run, start)
+        end(run, step)
 
 
 def setup(args):
@@ -107,7 +111,7 @@ def setup(args):
 
 
 def load_rows(run):
-    """Load and check the rows; do the batch arithmetic; choose the checkpoint to go on from."""
+    """Load and check the rows."""
     args, accelerator, config = run.args, run.accelerator, run.config
     named = [name for name in config.id2label.values() if not str(name).startswith("LABEL_")]
     limits = loading.max_positions(config), loading.vocabulary_size(config, run.tokenizer, args.trainable_tokens)
@@ -118,10 +122,19 @@ def load_rows(run):
     wanted = args.task, args.metric, len(run.data.rows) > 1
     run.metrics = processes.first_on_each_node(accelerator, lambda: metrics_before_training(*wanted))
     run.data_report["tokenised_on_ranks"] = processes.ranks_where(any(run.data.built.values()), accelerator)
+    run.fit = Fit(accelerator, run.strategy, run.plugin, args, config, run.tokenizer, run.data, forward_loss, make_trainable)
 
+
+def cut_steps(run):
+    """Do the batch arithmetic, and choose the checkpoint to go on from."""
+    args, accelerator = run.args, run.accelerator
+    if args.plan_only:
+        run.fit.show_plan(run.console.say)
+        finish(0)
+    run.auto_batch = run.fit.choose_cut(run.console.say) if args.auto_batch else None
     run.schedule = Schedule.of(args, len(run.data.rows["train"]), accelerator.num_processes)
     run.console.say(f"batch: {run.schedule.equation}")
-    run.fingerprint = fingerprint(args, run.strategy, config, run.data, run.schedule)
+    run.fingerprint = fingerprint(args, run.strategy, run.config, run.data, run.schedule)
     request = args.output_dir, args.resume_from_checkpoint
     run.found, run.manifest = checkpoint.choose(accelerator, *request, run.fingerprint, run.console.say)
 
@@ -136,14 +149,7 @@ def load_model(run):
     quantization = quantization_config(args, run.config.model_type, precision, run.strategy.zero_stage)
     model, new_weights = loading.load_model(args, run.config, run.tokenizer, run.data.labels, dtype, quantization)
     run.num_partitioned = loading.count_partitioned(model)
-    if args.peft:
-        model, run.freeze_report = adapters.add_adapter(model, args, run.tokenizer, dtype, run.schedule.max_steps)
-    else:
-        run.freeze_report = apply_rules(model, args.freeze, args.unfreeze)
-    if args.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    if args.loss_chunks:
-        chunk_loss(model.get_base_model() if args.peft else model, args.loss_chunks)
+    model, run.freeze_report = make_trainable(model, args, run.tokenizer, dtype, run.schedule.max_steps)
     console.say("\n".join(f"freezing: {line}" for line in run.freeze_report.lines()))
     for line in loading.about_new_weights(model, new_weights):
         console.say(line)
@@ -161,6 +167,19 @@ def load_model(run):
     run.collator = Collator(args.task, run.tokenizer.pad_token_id, run.data.labels, 8 if has_cuda() else 1, decoder_inputs)
     run.model, run.optimizer = accelerator.prepare(model, optimizer)
     run.model.train()
+
+
+def make_trainable(model, args, tokenizer, dtype, max_steps):
+    """Decide what of a model learns and what its passes keep; return (the model, a report). The planner calls it as well."""
+    if args.peft:
+        model, report = adapters.add_adapter(model, args, tokenizer, dtype, max_steps)
+    else:
+        report = apply_rules(model, args.freeze, args.unfreeze)
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if args.loss_chunks:
+        chunk_loss(model.get_base_model() if args.peft else model, args.loss_chunks)
+    return model, report
 
 
 def resume(run):
@@ -181,12 +200,15 @@ def resume(run):
             "resumed_from": run.found,
             "host_memory_before_model_gib": run.host_memory_before_model,
             "data": run.data_report,
+            "auto_batch": run.auto_batch,
             "labels": run.data.labels,
         }
         records.write_run(args.output_dir, content | run.schedule.facts() | run.freeze_report.facts() | facts)
     if args.report_to != "none":
         accelerator.init_trackers("zerotune", config={name: str(value) for name, value in vars(args).items()})
     run.console.say("engine: " + ", ".join(f"{key} {value}" for key, value in engine.items()))
+    if args.probe_longest_batch or args.auto_batch:
+        run.fit.probe(model, run.optimizer, run.collator, forward_loss, run.console.say)
     run.manifest_facts = {"fingerprint": run.fingerprint, "frozen_sha256": frozen, "versions": facts["versions"]}
     return step
 
@@ -278,6 +300,7 @@ def due(every, step, last=None):
 def end(run, step):
     """Evaluate for the last time, write final/, and end the process: 0, or 128 + the signal that stopped the run."""
     data, evaluator, saver = run.data, run.evaluator, run.saver
+    run.fit.report(run.model, run.optimizer, run.host_memory_before_model, run.console.say)
     with suppress(stopping.Interrupted):
         run.stopper.interrupt()
         if "validation" in data.rows and evaluator.last_step != step:

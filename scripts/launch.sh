@@ -68,6 +68,11 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
     exit 0
 fi
 
+# How many processes the kernel has killed on this machine for want of memory.
+oom_kills() {
+    awk '$1 == "oom_kill" { print $2 }' /proc/vmstat 2>/dev/null || true
+}
+
 # A signal (a scheduler's SIGTERM or SIGUSR1, Ctrl-C) is passed on once; the ranks save and leave their exit code, 128 + signal, in a
 # file, because the launcher itself ends with 1 whatever they say. The ranks get time to save before the launcher kills them. A
 # session of their own keeps a terminal's Ctrl-C from reaching them twice; a second one ends everything at once.
@@ -75,6 +80,7 @@ ZEROTUNE_EXIT_CODE_FILE="$(mktemp)"
 export ZEROTUNE_EXIT_CODE_FILE
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
+oom_kills_before="$(oom_kills)"
 setsid "${launch[@]}" &
 child=$!
 interrupts=0
@@ -100,4 +106,10 @@ if [[ -s $ZEROTUNE_EXIT_CODE_FILE ]]; then
     status="$(cat "$ZEROTUNE_EXIT_CODE_FILE")"
 fi
 rm -f "$ZEROTUNE_EXIT_CODE_FILE"
+if ((status != 0)) && [[ $(oom_kills) != "$oom_kills_before" ]]; then
+    echo "launch.sh: the kernel's OOM killer ended a process while this run went on: the memory of the host ran out" >&2
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m zerotune plan --num_gpus "$NUM_PROCESSES" --strategy "$STRATEGY" "$@" >&2 ||
+        true
+    status=2
+fi
 exit "$status"

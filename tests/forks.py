@@ -6,6 +6,7 @@ of its own does the forking: it has run no operator, so that no thread of torch 
 
 import json
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -77,12 +78,21 @@ def become_a_rank(flags, log, environment):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
+    if environment.get("RANK", "0") == environment.get("LIMITED_RANK"):  # a test's: so much more memory and no more
+        limit_memory(int(environment["LIMITED_BYTES"]))
     sys.argv = ["train.py", *flags]
     try:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     except BaseException:
         traceback.print_exc()
     os._exit(1)
+
+
+def limit_memory(size):
+    """Let this process take `size` bytes of memory beside what it has."""
+    status = Path("/proc/self/status").read_text()
+    used = 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + size, used + size))
 
 
 def import_libraries():

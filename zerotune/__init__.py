@@ -3,6 +3,7 @@
     rows/    files become rows, rows become batches
     model/   the model, and which of it learns how
     engine/  what runs it: strategy, optimizer, precision, signals
+    plan/    what a run will take of memory and time, before anything of it is there
     run/     one run: its flags, its records, its checkpoints, what it leaves
     tools/   commands around runs: python -m zerotune --help
 

@@ -12,7 +12,9 @@ TOOLS = {  # name: (module with a main(words), what it does)
     "benchmark": ("benchmark.main", "measure train.py over strategies, flags and batches, or beside Hugging Face's Trainer"),
     "check": ("check", "check a launch (YAML, DeepSpeed JSON, flags, files) without starting it"),
     "demo": ("demo", "make the quickstart's model and rows, or report its runs"),
+    "doctor": ("doctor.main", "check machine, configuration and numbers of a launch: fine, will hurt, will fail, with the fix"),
     "hardware": ("hardware", "print the peak FLOP/s of this machine's device, of which MFU is a share"),
+    "plan": ("plan", "predict memory and speed of every strategy before a launch: what fits, and what to launch"),
     "wheelhouse": ("wheelhouse", "collect the wheels that an air-gapped machine lacks"),
 }
 

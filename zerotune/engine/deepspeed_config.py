@@ -113,7 +113,7 @@ def check_keys(config, name):
 
 
 def check_zero(config, name):
-    """Return problems with the ZeRO section: stage, keys of another stage, offload devices and paths."""
+    """Return problems with the ZeRO section: stage, keys of another stage, offload devices."""
     zero = config.get("zero_optimization")
     if not isinstance(zero, dict):
         return [f"{name}: zero_optimization is missing; copy one of ds_configs/*.json"]
@@ -138,14 +138,22 @@ def check_zero(config, name):
             problems.append(f"{name}: {kind}.device is {device!r}; allowed: none, cpu, nvme")
         if device == "nvme" and stage < 3:
             problems.append(f"{name}: {kind}.device nvme is only valid at stage 3 (this file: stage {stage}); use cpu")
-        elif device == "nvme":
-            problems += check_nvme(offload.get("nvme_path"), f"{name}: {kind}.nvme_path")
     return problems
 
 
 def uses_nvme(config):
     """Tell whether optimizer states or parameters lie on NVMe."""
     return any(section(config, f"zero_optimization.offload_{kind}").get("device") == "nvme" for kind in ("optimizer", "param"))
+
+
+def check_nvme_paths(config, name):
+    """Return problems with the folders of what is offloaded to NVMe."""
+    problems = []
+    for kind in ("offload_optimizer", "offload_param"):
+        offload = section(config, f"zero_optimization.{kind}")
+        if offload.get("device") == "nvme":
+            problems += check_nvme(offload.get("nvme_path"), f"{name}: {kind}.nvme_path")
+    return problems
 
 
 def check_nvme(path, where):
@@ -316,7 +324,17 @@ def choose_deepspeed_accelerator():
 
 
 def check_config(config, name, args):
-    """Raise UserError with everything that is wrong with a DeepSpeed config beside train.py's flags."""
+    """Raise UserError with everything that is wrong with a DeepSpeed config beside train.py's flags, here on this machine."""
+    problems = flag_problems(config, name, args)
+    problems += check_nvme_paths(config, name) + check_build_locks() + check_locked_memory(config, name, args.mixed_precision)
+    if not problems:
+        problems = check_libaio(config, name)
+    if problems:
+        raise UserError(*problems)
+
+
+def flag_problems(config, name, args):
+    """Return what is wrong with a DeepSpeed config beside train.py's flags, on any machine."""
     problems = check_keys(config, name) + check_zero(config, name) + check_precision(config, name, args.mixed_precision)
     accumulation = section(config, "data_types").get("grad_accum_dtype", "auto")
     if accumulation not in ("auto", "fp32", "bf16", "fp16"):
@@ -351,9 +369,4 @@ def check_config(config, name, args):
             f"--save_steps {args.save_steps}: DeepSpeed 0.19.8 does not restore what lies on NVMe, so a resumed run would go on "
             "from other weights; pass --save_steps 0 (final/ is still written at the end), or use zero3_offload"
         )
-    problems += check_build_locks()
-    problems += check_locked_memory(config, name, args.mixed_precision)
-    if not problems:
-        problems = check_libaio(config, name)
-    if problems:
-        raise UserError(*problems)
+    return problems

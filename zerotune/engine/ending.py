@@ -16,14 +16,19 @@ def restore_default_signals(worker_id=0):
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
 
 
+def leave_code(code):
+    """Write the exit code of a failed run where scripts/launch.sh finds it."""
+    if code and os.environ.get(EXIT_CODE_FILE):
+        Path(os.environ[EXIT_CODE_FILE]).write_text(f"{code}\n")
+
+
 def finish(code):
     """End this process with an exit code that scripts/launch.sh can pass on.
 
     Without the interpreter's own end: the libraries' threads do not always survive it (one launch in a hundred aborted there), and
     a finished run must not be reported as a failed one.
     """
-    if code and os.environ.get(EXIT_CODE_FILE):
-        Path(os.environ[EXIT_CODE_FILE]).write_text(f"{code}\n")
+    leave_code(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

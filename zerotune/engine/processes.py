@@ -1,5 +1,7 @@
 """The processes of a run: that as many run as were launched, on the engine that was asked for, and which of them goes first."""
 
+import contextlib
+import functools
 import os
 from datetime import timedelta
 
@@ -9,8 +11,8 @@ from accelerate.utils import gather_object
 from zerotune.engine.deepspeed_config import section
 from zerotune.errors import UserError
 
-# One process tokenises while the others wait; the libraries' 10 and 30 minutes would end a run on a large file. What ends a rank that
-# stalls in training is the watchdog (stopping.py).
+# One process tokenises while the others wait; the libraries' 10 and 30 minutes would end a run on a large file. What ends a rank
+# that stalls in training is the watchdog (stopping.py).
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 
@@ -19,6 +21,24 @@ def check_processes(accelerator):
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise RuntimeError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}")
+    neighbours()  # while all ranks are there
+
+
+@functools.cache
+def neighbours():
+    """Return the process numbers of the other ranks that this rank's launcher started; a collective at the first call.
+
+    By the launcher's numbers, not by host name, which containers on two machines may share: the ranks of a node follow each other,
+    so that its first one names it. One launcher started them, so they see each other's process numbers.
+    """
+    node = int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
+    return [pid for other, pid in gather_object([(node, os.getpid())]) if other == node and pid != os.getpid()]
+
+
+def signal_to(pid, number):
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def describe(accelerator):

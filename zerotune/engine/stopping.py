@@ -5,7 +5,6 @@ exit with 128 + its number. A second SIGINT ends the rank at once. A rank withou
 machine dump its stacks and ends the job.
 """
 
-import contextlib
 import faulthandler
 import os
 import signal
@@ -16,10 +15,9 @@ import time
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object
 
 from zerotune.engine.ending import SIGNALS, finish
-from zerotune.engine.processes import COLLECTIVE_TIMEOUT
+from zerotune.engine.processes import COLLECTIVE_TIMEOUT, neighbours, signal_to
 
 
 class Interrupted(Exception):
@@ -72,13 +70,9 @@ class Watchdog:
 
     def __init__(self, timeout, rank):
         self.timeout, self.rank, self.last = timeout, rank, time.monotonic()
-        # By the launcher's numbers, not by host name, which containers on two machines may share: the ranks of a node follow each
-        # other, so that its first one names it. One launcher started them, so they see each other's process numbers.
-        node = int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
-        ranks = gather_object([(node, os.getpid())])
-        self.neighbours = [pid for other, pid in ranks if other == node and pid != os.getpid()]
+        self.neighbours = neighbours()
+        faulthandler.enable()  # NCCL aborts a rank that it gives up
         # Another rank's watchdog asks for this one's stacks by SIGUSR2; faulthandler answers even from inside a library's C code.
-        faulthandler.enable()  # and when NCCL gives a rank up, which aborts it
         faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -99,13 +93,8 @@ class Watchdog:
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         for number in (signal.SIGCONT, signal.SIGUSR2):  # a stopped process answers only once it goes on
             for pid in self.neighbours:
-                self._signal(pid, number)
+                signal_to(pid, number)
         time.sleep(5)
         for pid in self.neighbours:
-            self._signal(pid, signal.SIGKILL)
+            signal_to(pid, signal.SIGKILL)
         os._exit(1)
-
-    @staticmethod
-    def _signal(pid, number):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)

@@ -6,6 +6,7 @@
 import importlib.util
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from zerotune.engine.deepspeed_config import (
     check_config,
@@ -41,6 +42,13 @@ class Strategy:
         return f"ZeRO-{zero['stage']}, offload: {places}"
 
     @property
+    def stem(self):
+        """Return the name of a strategy in accelerate_configs/ of which this is one, or the DeepSpeed file's own."""
+        if self.config is None:
+            return "single" if self.num_processes == 1 else "ddp"
+        return Path(self.name).stem
+
+    @property
     def zero_stage(self):
         return self.config["zero_optimization"]["stage"] if self.config else 0
 
@@ -58,6 +66,13 @@ class Strategy:
         resolved = resolve(self.config, self.name, args, self.num_processes, hidden_size)
         return DeepSpeedPlugin(hf_ds_config=resolved, zero3_init_flag=resolved["zero_optimization"]["stage"] == 3)
 
+    def cut_anew(self, accelerator, plugin, args, hidden_size):
+        """Have accelerate and DeepSpeed, before the model is prepared, take up another micro-batch in the flags."""
+        if plugin is not None:
+            plugin.deepspeed_config.clear()
+            plugin.deepspeed_config.update(resolve(self.config, self.name, args, self.num_processes, hidden_size))
+            plugin.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+
 
 def check_device(args):
     """Return problems with a precision or an optimizer that this machine's devices do not have."""
@@ -73,6 +88,8 @@ def check_device(args):
             problems.append(
                 f"--optim {args.optim}: pages a GPU's memory, and this machine's device is a CPU; use --optim adamw_bnb_8bit"
             )
+        if args.memory_snapshot:
+            problems.append("--memory_snapshot: records a GPU's allocator, and this machine's device is a CPU; leave it out")
         if args.liger:
             problems.append("--liger: its kernels are written in Triton for GPUs, and this machine's device is a CPU; leave it out")
         return problems

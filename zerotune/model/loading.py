@@ -30,12 +30,21 @@ ROBERTA_FAMILY = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "long
 T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
 
 
-def load_config_and_tokenizer(args):
-    """Return (model configuration, tokenizer); raise UserError in one line if either cannot be had or does not fit the task."""
+def load_config(args):
+    """Return the model's configuration; raise UserError in one line if it cannot be had or does not fit the task."""
     try:
         config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {args.model_name_or_path}: {first_line(error)}") from None
+    if type(config) not in AUTO_CLASSES[args.task]._model_mapping and not args.trust_remote_code:
+        fits = [task for task, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping]
+        raise UserError(f"--task {args.task}: a {config.model_type} model cannot do this; it fits {', '.join(fits) or 'no task'}")
+    return config
+
+
+def load_config_and_tokenizer(args):
+    """Return (model configuration, tokenizer); raise UserError in one line if either cannot be had or does not fit the task."""
+    config = load_config(args)
     name = args.tokenizer_name or args.model_name_or_path
     try:
         languages = {"src_lang": args.source_lang, "tgt_lang": args.target_lang} if args.source_lang else {}
@@ -44,9 +53,6 @@ def load_config_and_tokenizer(args):
         raise UserError(f"--tokenizer_name {name}: {first_line(error)}") from None
     check_tokenizer(tokenizer, name, args)
     add_tokens(tokenizer, args.trainable_tokens)
-    if type(config) not in AUTO_CLASSES[args.task]._model_mapping and not args.trust_remote_code:
-        fits = [task for task, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping]
-        raise UserError(f"--task {args.task}: a {config.model_type} model cannot do this; it fits {', '.join(fits) or 'no task'}")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"--tokenizer_name {name}: the tokenizer has neither a padding nor an end token")

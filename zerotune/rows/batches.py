@@ -15,11 +15,11 @@ def epoch_permutation(num_rows, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
-def rows_of_step(step, num_rows, batch_size, seed):
-    """Return the row numbers, int64 of shape (batch_size,), that optimizer step `step` (from 0) learns from."""
-    items = np.arange(step * batch_size, (step + 1) * batch_size)
+def rows_of_step(step, num_rows, batch_size, seed, num_steps=1):
+    """Return the row numbers, int64 of shape (num_steps * batch_size,), that optimizer steps from `step` (from 0) on learn from."""
+    items = np.arange(step * batch_size, (step + num_steps) * batch_size)
     epochs, places = items // num_rows, items % num_rows
-    rows = np.empty(batch_size, dtype=np.int64)
+    rows = np.empty(len(items), dtype=np.int64)
     for epoch in np.unique(epochs):
         rows[epochs == epoch] = epoch_permutation(num_rows, seed, int(epoch))[places[epochs == epoch]]
     return rows

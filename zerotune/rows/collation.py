@@ -59,11 +59,18 @@ class TrainingSteps(torch.utils.data.Dataset):
         rows = rows_of_step(step, len(self.rows), self.rows_per_step, self.seed)
         return self.rows[rows]["line"]
 
-    def __getitem__(self, step):
+    def lines_of_micro_batch(self, step, index):
+        """Return the lines of this rank's rows in one micro-batch of a step, both counted from 0."""
+        return self.rows[self.dealt(step)[index]]["line"]
+
+    def dealt(self, step):
+        """Return this rank's row numbers in each micro-batch of a step."""
         rows = rows_of_step(step, len(self.rows), self.rows_per_step, self.seed)
         lengths = self.lengths[rows] if self.grouped else [0] * len(rows)
-        dealt = deal(rows, lengths, self.accumulation, self.num_processes)
-        return [self.collator(self.rows[ranks[self.rank]]) for ranks in dealt]
+        return [ranks[self.rank] for ranks in deal(rows, lengths, self.accumulation, self.num_processes)]
+
+    def __getitem__(self, step):
+        return [self.collator(self.rows[rows]) for rows in self.dealt(step)]
 
 
 def count_tokens(batch):

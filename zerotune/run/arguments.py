@@ -138,6 +138,12 @@ class LearningArguments:
     gradient_accumulation_steps: int = flag(
         1, "Forward/backward passes per optimizer step.", MATHEMATICS, range=POSITIVE, unit="steps"
     )
+    auto_batch: bool = flag(
+        False, "Cut the step anew, with the largest micro-batch that fits: as many rows a step, the same losses.", HARMLESS
+    )
+    probe_longest_batch: bool = flag(
+        False, "Try the run's largest micro-batch before step 0: what cannot fit fails at once.", HARMLESS
+    )
     num_train_epochs: float = flag(
         3.0, "Passes over the training rows, unless max_steps is given.", CONTENT, range=POSITIVE, unit="epochs"
     )
@@ -172,6 +178,10 @@ class RunArguments:
         False,
         "The same bits each time, somewhat slower: for bitwise resume on a GPU, and with DDP on three or more processes anywhere.",
         HARMLESS,
+    )
+    plan_only: bool = flag(False, "Say what every strategy would take of this machine's memory, and end.", HARMLESS)
+    memory_snapshot: str | None = flag(
+        None, "File for torch's snapshot of a GPU's memory, should it run out (pytorch.org/memory_viz).", HARMLESS, unit="file"
     )
     profile_steps: int = flag(
         0,
@@ -300,17 +310,25 @@ def check_savers(args):
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 
-def check_arguments(args):
-    """Return a list of problems, a line each: ranges, pairs that cannot be, files that are not there."""
+REQUIRED = {  # flag: (what it is, another that may stand for it)
+    "model_name_or_path": ("a folder with a saved model, or a hub name", None),
+    "output_dir": ("the folder of this run", None),
+    "train_file": ("the rows to learn from", "dataset_name"),
+}
+
+
+def check_arguments(args, required=tuple(REQUIRED)):
+    """Return a list of problems, a line each: ranges, pairs that cannot be, files that are not there, and what is required."""
     problems = out_of_range(args) + check_savers(args)
 
     def need(condition, problem):
         if not condition:
             problems.append(problem)
 
-    need(args.model_name_or_path, "--model_name_or_path is required: a folder with a saved model, or a hub name")
-    need(args.output_dir, "--output_dir is required: the folder of this run")
-    need(args.train_file or args.dataset_name, "--train_file (or --dataset_name) is required")
+    for name in required:
+        what, other = REQUIRED[name]
+        given = getattr(args, name) or (other and getattr(args, other))
+        need(given, f"--{name}{f' (or --{other})' * bool(other)} is required: {what}")
     need(not (args.train_file and args.dataset_name), "--train_file and --dataset_name are both given; give one")
     for name in ("model_name_or_path", "tokenizer_name"):
         path = getattr(args, name)

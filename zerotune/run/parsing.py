@@ -78,14 +78,12 @@ def config_words(path, known):
     return words
 
 
-def parse(groups, words):
+USAGE = "train.py --model_name_or_path DIR --train_file FILE --output_dir DIR [--flag VALUE ...]"
+
+
+def parse(groups, words, usage=USAGE, description="Fine-tune a Hugging Face model."):
     """Return {flag: value} of a command line; raise UserError for words that are no flags or no values of theirs."""
-    parser = Parser(
-        prog="train.py",
-        usage="train.py --model_name_or_path DIR --train_file FILE --output_dir DIR [--flag VALUE ...]",
-        description="Fine-tune a Hugging Face model.",
-        allow_abbrev=False,
-    )
+    parser = Parser(prog=usage.partition(" --")[0], usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="Flags from a YAML file; the command line wins.")
     for group in groups:
         add_flags(parser, group)

@@ -1,7 +1,8 @@
 """Where the time of a step goes and what fills memory, for the last --profile_steps steps of a run.
 
 At each border between phases the device is waited for, so these steps are a little slower than the others. The very last one runs
-under torch's profiler, which tells how long communication or copies between host and device went on while nothing was computed.
+under torch's profiler, which tells how long communication or copies between host and device went on while nothing was computed, and
+how much memory the step took.
 """
 
 import re
@@ -46,9 +47,10 @@ class Profile:
         if self.last_step and self.first_step <= step < self.last_step:
             self("data")
         elif step == self.last_step:
+            self.before = memory_gib(self.model, self.optimizer)
             activities = [torch.profiler.ProfilerActivity.CPU]
             activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-            self.trace = torch.profiler.profile(activities=activities)
+            self.trace = torch.profiler.profile(activities=activities, profile_memory=True)
             self.trace.start()
 
     def __call__(self, phase):
@@ -76,11 +78,18 @@ class Profile:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.trace.stop()
-        wait = exposed_seconds(self.trace.events())
+        wait, peak = exposed_seconds(self.trace.events()), allocated_peak(self.trace)
         self.trace = None
         timed = self.last_step - self.first_step
         times = {f"{phase}_seconds": round(self.seconds[phase] / timed, 6) for phase in PHASES if timed}
-        return {"step": step, **times, "wait_seconds": round(wait, 6), "memory_gib": self.report}
+        return {
+            "step": step,
+            **times,
+            "wait_seconds": round(wait, 6),
+            "before_step_gib": self.before,
+            "step_peak_gib": peak,
+            "memory_gib": self.report,
+        }
 
 
 def exposed_seconds(events):
@@ -98,6 +107,17 @@ def exposed_seconds(events):
     moving = union((event.time_range.start, event.time_range.end) for event in transfers)
     both = union([*busy, *moving])
     return (length(both) - length(busy)) / 1e6  # microseconds
+
+
+def allocated_peak(trace):
+    """Return the GiB that a traced step took at most, above what was there when it began, by the events of torch's allocator."""
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    device = "CUDA" if torch.cuda.is_available() else "CPU"
+    now = peak = 0
+    for event in sorted((e for e in events if e.device_type().name == device), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return round(peak / GIB, 6)
 
 
 def union(intervals):
@@ -157,6 +177,10 @@ def memory_gib(model, optimizer):
         for name, value in vars(owner).items():
             groups["gradients" if "grad" in name or "ipg" in name else "optimizer"] += tensors_in(value)
     seen, report = set(), {place: dict.fromkeys(groups, 0) for place in ("device", "host")}
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):  # gradients are views of its buckets, which stay
+        groups["gradients"] = []
+        place = "host" if model.device.type == "cpu" else "device"
+        report[place]["gradients"] = sum(map(int, model._get_ddp_logging_data()["bucket_sizes"].split(", ")))
     for name, tensors in groups.items():
         for tensor in tensors:
             storage = tensor.untyped_storage()

@@ -35,7 +35,11 @@ def check_launch(path, num_processes, flags):
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     args = parse_arguments(flags)
     # torch takes seconds to import, and the defaults run everywhere.
-    problems = check_device(args) if args.mixed_precision != "no" or args.optim.startswith("paged") or args.liger else []
+    problems = (
+        check_device(args)
+        if args.mixed_precision != "no" or args.optim.startswith("paged") or args.liger or args.memory_snapshot
+        else []
+    )
     json_path = (content.get("deepspeed_config") or {}).get("deepspeed_config_file")
     if json_path:
         try:

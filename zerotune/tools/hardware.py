@@ -8,33 +8,15 @@ import time
 import torch
 
 from zerotune.errors import UserError
+from zerotune.plan.machine import known_gpu
 
-# Dense FLOP/s of one GPU in bf16/fp16 with float32 accumulation, from NVIDIA's data sheets (without sparsity); longer names first.
-KNOWN = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "A30": 165e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def known_peak(device_name, mixed_precision):
-    """Return the data sheet's FLOP/s of a GPU in a 16-bit precision, or None."""
-    if mixed_precision == "no":
-        return None
-    return next((peak for name, peak in KNOWN.items() if name in device_name), None)
+    """Return the data sheet's FLOP/s of a GPU in a 16-bit precision, or None; dense, with float32 accumulation."""
+    gpu = known_gpu(device_name)
+    return gpu.flops if gpu and mixed_precision != "no" else None
 
 
 def measured_peak(mixed_precision, seconds=2.0):

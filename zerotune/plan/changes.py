@@ -1,0 +1,83 @@
+"""What to change: the largest micro-batch that fits, and the smallest changes by which a run would fit at all."""
+
+import dataclasses
+
+from zerotune.plan.forecast import STRATEGIES
+
+# In the order of what they cost: first what leaves every loss as it is, then what changes the training.
+SAME_LOSSES = (
+    ("the loss in 8 pieces", {"loss_chunks": 8}),
+    ("activations computed again", {"gradient_checkpointing": True}),
+    ("activations computed again, the loss in 8 pieces", {"gradient_checkpointing": True, "loss_chunks": 8}),
+)
+OTHER_TRAINING = (
+    ("16 bits", {"mixed_precision": "bf16"}),
+    ("optimizer states in 8 bits", {"optim": "adamw_bnb_8bit"}),
+    ("an adapter in place of all weights", {"peft": "lora", "target_modules": ["all-linear"]}),
+    ("an adapter on a base in 4 bits", {"peft": "lora", "target_modules": ["all-linear"], "quantize": "nf4", "double_quant": True}),
+)
+
+
+def cut(args, rows):
+    """Return the flags of the same optimizer step in micro-batches of `rows`, a divisor of its rows on one process."""
+    total = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": total // rows}
+
+
+def divisors(number):
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def candidates(args):
+    """Yield lists of (words, {flag: value}), the smallest changes first; of the changes in a list one is enough.
+
+    Whatever the run has already is left out.
+    """
+    rows = [n for n in reversed(divisors(args.per_device_train_batch_size)) if n < args.per_device_train_batch_size]
+    same = [words for words in SAME_LOSSES if not (args.task == "classification" and "loss_chunks" in words[1])]
+    yield [(f"micro-batches of {n}", cut(args, n)) for n in rows]
+    yield from ([change] for change in same)
+    least = (cut(args, 1) if rows else {}) | {name: value for _, flags in same for name, value in flags.items()}
+    everything = "micro-batches of 1, " * bool(rows) + "and all that leaves the losses as they are"
+    yield [(everything, least)]
+    for words, flags in OTHER_TRAINING:
+        if flags.get("mixed_precision") and args.mixed_precision != "no" or flags.get("peft") and args.peft:
+            continue
+        if not flags.get("optim") or args.optim.startswith("adamw_torch"):
+            yield [(words, flags), (f"{words}, {everything}", least | flags)]
+
+
+def smallest_changes(planner, machine, count=3):
+    """Return [(words, {flag: value}, Forecast)] of the first changes by which a strategy fits, with the fastest that does."""
+    found = []
+    for alternatives in candidates(planner.args):
+        for words, flags in alternatives:
+            if all(getattr(planner.args, name) == value for name, value in flags.items()):
+                continue
+            changed = dataclasses.replace(planner.args, **flags)
+            if best := fastest(planner.forecast(strategy, machine, changed) for strategy in STRATEGIES):
+                found.append((words, flags, best))
+                break
+        if len(found) == count:
+            break
+    return found
+
+
+def fastest(forecasts):
+    """Return the forecast of most rows a second among those that fit, or None."""
+    return max((f for f in forecasts if f.fits), key=lambda f: f.rows_per_second, default=None)
+
+
+def largest_micro_batch(planner, strategy, machine, config=None):
+    """Return (rows, Forecast) of the largest micro-batch that fits into a step of as many rows, (1, its Forecast) if none does."""
+    args = planner.args
+    sizes = divisors(args.per_device_train_batch_size * args.gradient_accumulation_steps)
+    low, high, best = 0, len(sizes) - 1, None
+    while low <= high:  # memory grows with the micro-batch
+        middle = (low + high) // 2
+        forecast = planner.forecast(strategy, machine, dataclasses.replace(args, **cut(args, sizes[middle])), config)
+        if forecast.fits:
+            best, low = (sizes[middle], forecast), middle + 1
+        else:
+            high = middle - 1
+    return best or (1, planner.forecast(strategy, machine, dataclasses.replace(args, **cut(args, 1)), config))

@@ -1,0 +1,224 @@
+"""Does it fit: the plan of this run, the largest micro-batch that fits, the longest one tried before step 0, and what was measured.
+
+Planned on the main process and told to the others; tried on all of them with the same rows.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list, send_to_device
+
+from zerotune.errors import RunError, UserError
+from zerotune.model.loading import hidden_size
+from zerotune.plan.changes import cut, divisors, largest_micro_batch
+from zerotune.plan.forecast import Planner
+from zerotune.plan.machine import GIB, this_machine
+from zerotune.plan.report import answer, gib, plan_lines
+from zerotune.plan.shapes import row_lengths
+from zerotune.plan.states import FROZEN, OPTIMIZER, WEIGHTS, optimizer_states
+from zerotune.rows.collation import TrainingSteps
+from zerotune.run.checkpoint import list_checkpoints, random_state, set_random_state
+from zerotune.run.profiling import memory_gib
+from zerotune.run.records import peak_memory, write_json
+
+CUT = "per_device_train_batch_size", "gradient_accumulation_steps"
+LIMIT = "ZEROTUNE_MICRO_BATCH_LIMIT"  # rows of a micro-batch that did not fit, for the process that takes this one's place
+
+
+class Fit:
+    """The plan of a run, made when it is first asked for."""
+
+    def __init__(self, accelerator, strategy, plugin, args, config, tokenizer, data, forward_loss, make_trainable):
+        self.accelerator, self.strategy, self.plugin, self.args, self.data = accelerator, strategy, plugin, args, data
+        lengths = row_lengths(data.rows["train"], args.task)
+        self.planner = Planner(args, config, forward_loss, make_trainable, tokenizer, data.labels, lengths)
+        self.machine = this_machine(accelerator.num_processes)
+
+    def forecast(self):
+        """Return the Forecast of this run."""
+        return self.planner.forecast(self.strategy.stem, self.machine, config=self.strategy.config)
+
+    def changes(self):
+        """Return the lines of the smallest changes by which it would fit."""
+        return answer(self.planner, self.machine, [], sys.argv[1:])[1]
+
+    def show_plan(self, say):
+        """Say what every strategy would take."""
+        if self.accelerator.is_main_process:
+            words = [word for word in sys.argv[1:] if word != "--plan_only"]
+            say("\n".join(plan_lines(self.planner, self.machine, words)[1]))
+
+    def choose_cut(self, say):
+        """Set the flags of the largest micro-batch that fits, for a step of as many rows; return what was chosen in place of what.
+
+        The same on every rank. A run that is gone on with keeps what was chosen; rows of which a trial has shown that they do not
+        fit are not chosen again.
+        """
+        args, choice, why = self.args, None, ""
+        given = {name: getattr(args, name) for name in CUT}
+        if self.accelerator.is_main_process:
+            choice, why = kept_cut(args), "as the run began"
+            if choice is None:
+                rows, forecast = largest_micro_batch(self.planner, self.strategy.stem, self.machine, self.strategy.config)
+                why = f"{gib(forecast.device_bytes)} of {gib(forecast.device_limit)} GiB are planned"
+                total = args.per_device_train_batch_size * args.gradient_accumulation_steps
+                if (limit := int(os.environ.get(LIMIT, rows + 1))) <= rows:
+                    if limit == 1:
+                        raise UserError(
+                            "--auto_batch: a micro-batch of 1 row does not fit; python -m zerotune plan says what would"
+                        )
+                    rows, why = max(n for n in divisors(total) if n < limit), f"{limit} did not fit when they were tried"
+                choice = cut(args, rows)
+            words = [" x ".join(map(str, rows.values())) for rows in (choice, given)]
+            say(f"auto_batch: {words[0]} rows x accumulation in place of {words[1]}, the same step and losses: {why}")
+        choice, why = broadcast_object_list([choice, why])
+        vars(args).update(choice)
+        self.strategy.cut_anew(self.accelerator, self.plugin, args, hidden_size(self.planner.config))
+        return {"given": given, "chosen": choice, "why": why}
+
+    def longest_batch(self, collator):
+        """Return (the Shape, the micro-batch) that takes most of this run's memory, the same on every rank."""
+        shape = None
+        if self.accelerator.is_main_process:
+            forecast = self.forecast()
+            if forecast.problem:
+                raise UserError(f"--probe_longest_batch: {forecast.problem}")
+            shape = forecast.shape
+        (shape,) = broadcast_object_list([shape])
+        steps = TrainingSteps(self.data, collator, self.args, self.accelerator.num_processes, shape.rank)
+        return shape, steps[shape.step][shape.micro_batch]
+
+    def probe(self, model, optimizer, collator, forward_loss, say):
+        """Run the largest micro-batch of the run forward and backward, and leave nothing of it.
+
+        Weights, optimizer, random states and the engine's counters are as they were; losses of the run are those without a trial.
+        With --auto_batch a batch that does not fit makes every rank start again with a smaller one.
+        """
+        shape, batch = self.longest_batch(collator)
+        try:
+            ballast = self.missing_states(optimizer)
+            for _ in range(min(2, self.args.gradient_accumulation_steps)):  # the second beside the gradients of the first
+                self.pass_over(batch, model, forward_loss)
+            del ballast
+            self.accelerator.wait_for_everyone()  # for a rank that could not, whose end is an error here
+        except Exception as error:  # the rank that ran out of memory, or one that waited for it in vain
+            if not self.args.auto_batch:
+                raise
+            self.start_smaller(error)
+        forget_gradients(optimizer)
+        memory = peak_memory()
+        peak = memory["peak_device_memory_gib"] or memory["peak_host_memory_gib"]
+        say(f"longest micro-batch: {shape}, of step {shape.step + 1}: fits, the peak is {peak:.3f} GiB so far")
+
+    def missing_states(self, optimizer):
+        """Return memory as large as the optimizer states that torch's optimizers only make in their first step."""
+        states = optimizer.optimizer.state if self.plugin is None else None
+        learn = [p for group in optimizer.param_groups for p in group["params"]] if states is not None and not states else []
+        size, _ = optimizer_states(self.args.optim, [p.shape for p in learn], 4, torch.cuda.is_available())
+        return torch.empty(size, dtype=torch.uint8, device=self.accelerator.device)
+
+    def pass_over(self, batch, model, forward_loss):
+        """Run a batch forward and backward, with random numbers that are given back."""
+        accelerator = self.accelerator
+        states = random_state()
+        accelerator.sync_gradients = False
+        with accelerator.no_sync(model):
+            batch = send_to_device(dict(batch), accelerator.device)
+            labels = batch.pop("labels")
+            loss = forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
+            accelerator.backward(loss, **({"scale_wrt_gas": False} if self.plugin else {}))
+        set_random_state(states)
+
+    def start_smaller(self, error):
+        """Take this process's place with a new one that tries a smaller micro-batch; for every rank, with --auto_batch.
+
+        An engine that ran out of memory in the middle of a pass is in no state to go on from. The process keeps its number, by
+        which the launcher knows it; a count of restarts keeps the new ranks' meeting apart from the old.
+        """
+        rows = self.args.per_device_train_batch_size
+        if rows == 1:
+            raise RunError(f"--auto_batch: a micro-batch of 1 row does not fit ({error}); python -m zerotune plan says what would")
+        print(f"auto_batch: rank {self.accelerator.process_index}: micro-batches of {rows} do not fit, starting again", flush=True)
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1
+        os.environ |= {LIMIT: str(rows), "TORCHELASTIC_RESTART_COUNT": str(restarts)}
+        for number in map(int, os.listdir("/proc/self/fd")):
+            if number > 2:
+                with contextlib.suppress(OSError):  # the list's own is gone by now
+                    os.set_inheritable(number, False)  # the others learn of the end by their lost connections
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+    def report(self, model, optimizer, host_before_model_gib, say):
+        """Say what was planned beside what was measured, and write both into run.json; a collective."""
+        taken = measured(self.accelerator, model, optimizer, host_before_model_gib)
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            forecast = self.forecast()
+        except Exception as error:  # a run that has trained is not lost for a plan of it
+            forecast = None
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        else:
+            problem = forecast.problem
+        if problem:
+            say(f"memory: nothing was planned: {problem}")
+            planned = None
+        else:
+            planned = in_kinds(forecast.device)
+            words = ", ".join(f"{kind} {gib(planned[kind])} / {gib(taken[kind])}" for kind in planned)
+            say(f"memory, GiB planned / measured at most: {words}")
+        path = Path(self.args.output_dir) / "run.json"
+        with contextlib.suppress(OSError):  # a full disk: said already when it was
+            write_json(path, json.loads(path.read_text()) | {"memory": {"planned_bytes": planned, "measured_bytes": taken}})
+
+
+def in_kinds(device):
+    """Return a forecast's bytes in the kinds that a run can measure."""
+    weights, states = device.get(WEIGHTS, 0) + device.get(FROZEN, 0), device.get(OPTIMIZER, 0)
+    total = sum(device.values())
+    return {"weights": weights, "optimizer states": states, "the rest": total - weights - states, "total": total}
+
+
+def measured(accelerator, model, optimizer, host_before_model_gib):
+    """Return bytes by kind, those of the rank with most; a collective.
+
+    Weights and optimizer states are counted at their tensors. The total is what CUDA's allocator had reserved at most; on a CPU the
+    peak of the process since before its model was loaded, which holds what loading and other libraries took as well.
+    """
+    cuda = torch.cuda.is_available()
+    held = memory_gib(model, optimizer)["device" if cuda else "host"]
+    on_cpu = (peak_memory()["peak_host_memory_gib"] - host_before_model_gib) * GIB
+    total = torch.cuda.max_memory_reserved() if cuda else on_cpu
+    mine = torch.tensor([held["weights"] * GIB, held["optimizer"] * GIB, total], dtype=torch.float64, device=accelerator.device)
+    weights, states, total = map(int, accelerator.gather(mine[None]).max(0).values.tolist())
+    return {"weights": weights, "optimizer states": states, "the rest": total - weights - states, "total": total}
+
+
+def kept_cut(args):
+    """Return the micro-batch and accumulation that --auto_batch chose for the run that is gone on with here, None if it is none."""
+    run = Path(args.output_dir) / "run.json"
+    if args.resume_from_checkpoint == "none" or not list_checkpoints(args.output_dir) or not run.exists():
+        return None
+    before = json.loads(run.read_text())["arguments"]
+    rows = before[CUT[0]] * before[CUT[1]]
+    same = before.get("auto_batch") and rows == args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return {name: before[name] for name in CUT} if same else None
+
+
+def forget_gradients(optimizer):
+    """Drop the gradients of a backward pass that no step followed, as if it had not been."""
+    inner = optimizer.optimizer
+    inner.zero_grad()
+    if hasattr(inner, "all_grad_tensors"):  # ZeRO-1 and 2 add to what is there (zero/stage_1_and_2.py, 1030-1050); 3 counts anew
+        from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+        inner.all_grad_tensors, inner.averaged_gradients = {}, {}
+        inner.micro_step_id = INITIAL_MICRO_STEP_ID
+        inner._epilogue_ran_this_backward = False
+    elif hasattr(inner, "clear_hp_grads"):  # DeepSpeed's BF16_Optimizer
+        inner.clear_hp_grads()
+    gc.collect()
