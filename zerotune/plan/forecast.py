@@ -21,7 +21,7 @@ from zerotune.plan.allocator import replay
 from zerotune.plan.empty import empty_model, fake_tensors, pretend
 from zerotune.plan.machine import CONTEXT_BYTES, GIB, HOST_MEMORY, NCCL_BYTES, NVME
 from zerotune.plan.shapes import largest_allowed, largest_shapes
-from zerotune.plan.states import GRADIENTS, parameters_of, states
+from zerotune.plan.states import BUCKETS, GRADIENTS, REDUCTION, parameters_of, states
 from zerotune.plan.trace import GRADIENT, tensors_of, trace_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,14 +195,20 @@ class Planner:
 def device_peak(held, trace, config, num_processes, on_gpu):
     """Return ({category: bytes}, moment) of a device at its peak, the allocator's cache and what lies outside it included."""
     own_gradients = config is None and num_processes == 1  # elsewhere the engine takes them over as they come
-    steady = {c: held["device"][c] for c in held["moments"]["backward"] if held["device"].get(c)}
+    device, moments = held["device"], held["moments"]
+    steady, in_step = ({c: device[c] for c in moments[m] if device.get(c)} for m in ("backward", "step"))
     left_out = () if own_gradients else (GRADIENT,)
     if own_gradients:
         steady.pop(GRADIENTS, None)
-    in_step = {c: held["device"][c] for c in held["moments"]["step"] if held["device"].get(c)}
-    backward = dict(steady)
-    for category, size in trace.peak(left_out).items():
-        backward[category] = backward.get(category, 0) + size
+    early_stage = config is not None and config["zero_optimization"]["stage"] < 3
+
+    def beside(share):
+        """Return what is there once a share of the gradients has come: buckets with the first one, partitions as they fill."""
+        factors = {REDUCTION: share > 0, BUCKETS: share > 0 or not early_stage, GRADIENTS: share if early_stage else 1}
+        return {c: int(size * factors.get(c, 1)) for c, size in steady.items()}
+
+    gradients = sum(size for block, size in trace.events if block > 0 and trace.categories[block] == GRADIENT)
+    backward = trace.peak(left_out, beside, gradients)
     moment, peak = max(("backward", backward), ("step", in_step), key=lambda pair: sum(pair[1].values()))
     if on_gpu:
         allocated = sum(peak.values())

@@ -31,18 +31,26 @@ class Trace:
     categories: dict = field(default_factory=dict)  # block -> one of the four above
     flops: int = 0  # of its matrix products, what is recomputed counted again
 
-    def peak(self, leave_out=()):
-        """Return {category: bytes} at the moment when most is allocated, without the categories that are left out."""
-        live, most, at_peak, total = {}, 0, {}, 0
+    def peak(self, leave_out=(), beside=None, num_bytes=1):
+        """Return {category: bytes} at the moment when most is allocated.
+
+        leave_out: categories that are not counted. beside: a function from the share of the gradients that have come, 0 to 1, to
+        {category: bytes} of what an engine holds at that moment; num_bytes: of all gradients (later passes add to the first one's).
+        """
+        live, most, at_peak, total, come = {}, -1, {}, 0, 0
+        extra = beside(0.0) if beside else {}
         for block, size in self.events:
             category = self.categories[abs(block)]
+            if category == GRADIENT and block > 0 and beside:
+                come += size
+                extra = beside(min(1.0, come / num_bytes))
             if category in leave_out:
                 continue
             change = size if block > 0 else -size
             live[category] = live.get(category, 0) + change
             total += change
-            if total > most:
-                most, at_peak = total, dict(live)
+            if total + sum(extra.values()) > most:
+                most, at_peak = total + sum(extra.values()), live | extra
         return at_peak
 
 
