@@ -56,14 +56,14 @@ keep() {
     fi
 }
 
-# gpu_tests: four groups side by side, as most of a test's time is a start of Python.
+# gpu_tests: five groups side by side, as most of a test's time is a start of Python.
 gpu_tests() {
     local group number=0 ends=0
-    for group in trajectory bf16 "fp16 or checkpointing" savers; do
+    for group in trajectory bf16 "fp16 or checkpointing" savers planned; do
         number=$((number + 1))
         "$PYTHON" -m pytest -m gpu -v -k "$group" --basetemp "$scratch/tests_$number" -p no:cacheprovider >"$scratch/tests_$number.txt" &
     done
-    for _ in 1 2 3 4; do wait -n || ends=1; done
+    for _ in 1 2 3 4 5; do wait -n || ends=1; done
     cat "$scratch"/tests_?.txt
     return "$ends"
 }

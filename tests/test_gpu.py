@@ -1,15 +1,28 @@
 """What a CPU cannot show, on one GPU with one process: fp16 scaling, bf16, offload, float32 trajectories, memory, savers."""
 
+import gc
+import itertools
+
+import peaks
 import pytest
 import torch
+import transformers
 from conftest import check_engine, tiny_config
 from state import state_hash
 from test_equivalence import FLAGS, reference
 
+import train as script
+from zerotune.model import loading
 from zerotune.model.activations import enable_gradient_checkpointing
 from zerotune.model.freezing import apply_rules
 from zerotune.model.loss import token_loss_sum
+from zerotune.plan.allocator import replay
+from zerotune.plan.empty import empty_model, fake_tensors, pretend
+from zerotune.plan.shapes import Shape
+from zerotune.plan.trace import GRADIENT, batch_of, trace_step
 from zerotune.run import manifest
+from zerotune.run.arguments import Arguments
+from zerotune.tools.plan import NoTokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.launch]
 
@@ -127,3 +140,51 @@ def test_checkpointing_leaves_a_frozen_prefix_alone():
     assert calls == {2: 3, 6: 4} and peak < plain_peak
     assert plain.keys() == recomputed.keys() and len(plain) > 10
     assert all(torch.allclose(plain[name], recomputed[name], rtol=1e-3, atol=1e-5) for name in plain)
+
+
+PLANNED = list(
+    itertools.product(("t5", "llama"), ("all", "last two blocks", "LoRA"), ("", "checkpointing, pieces"), ("short", "long"))
+)
+
+
+@pytest.mark.parametrize("model, learns, saver, shape", PLANNED)
+def test_planned_memory_is_what_cuda_takes(model, learns, saver, shape):
+    """Peaks of what CUDA's allocator has given out and reserved in forward and backward passes, beside the planner's."""
+    task, settings = peaks.MODELS[model]
+    config = transformers.AutoConfig.for_model(vocab_size=peaks.NUM_WORDS, pad_token_id=0, **settings)
+    if task == "seq2seq":
+        config.decoder_start_token_id = 0
+    args = Arguments(task=task, model_name_or_path="none", **peaks.LEARNS[task][learns] | peaks.SAVERS[saver])
+    rows, source, target = peaks.SHAPES[shape]
+    lengths = [part if isinstance(part, int) else part[1] for part in (source, target)]
+    size = Shape(rows, lengths[0], lengths[1] if task == "seq2seq" else 0, padded=shape == "short")
+    options = {"chunked": args.loss_chunks > 0}
+
+    empty, _ = script.make_trainable(empty_model(config, task, torch.float32), args, NoTokenizer(), torch.float32, 10)
+    weights = sum(p.numel() * 4 for p in empty.parameters())
+    with fake_tensors():
+        trace = trace_step(pretend(empty.train()), config, task, [size], script.forward_loss, on_gpu=True, **options)
+    base = 10 * len(trace.events) + 10
+    events = [(base + n, p.numel() * 4) for n, p in enumerate(empty.parameters())]
+    gradients = [(-block, 0) for block, category in trace.categories.items() if category == GRADIENT]
+    planned = replay(events + 3 * [*trace.events, *gradients])
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    real = loading.AUTO_CLASSES[task].from_config(config).cuda()
+    real, _ = script.make_trainable(real, args, NoTokenizer(), torch.float32, 10)
+    real.train()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        batch, labels = batch_of(real, config, task, size)
+        batch["attention_mask"][0, -1] = int(not size.padded)
+        batch = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        (script.forward_loss(real, batch, labels.cuda(), **options) / 7).backward()
+        real.zero_grad()
+    allocated = torch.cuda.max_memory_allocated() - before[0]
+    reserved = torch.cuda.max_memory_reserved() - before[1]
+    errors = planned.allocated / allocated - 1, planned.reserved / reserved - 1
+    print(f"{model}, {learns}, {saver}, {shape}: allocated {errors[0]:+.2%}, reserved {errors[1]:+.2%}")
+    assert planned.allocated >= sum(trace.peak().values()) + weights
+    assert -0.02 <= errors[0] <= 0.05 and abs(errors[1]) <= 0.1, errors

@@ -5,6 +5,7 @@ precision; each storage that appears and disappears is an event. What the optimi
 """
 
 import contextlib
+import dataclasses
 import weakref
 from dataclasses import dataclass, field
 
@@ -219,6 +220,7 @@ def trace_step(model, config, task, shapes, forward_loss, *, autocast=None, chun
                 loss = forward_loss(model, batch, labels, chunked=chunked)
                 (loss * (1 / 7)).backward()
                 del batch, labels, loss
+        return dataclasses.replace(recorder.trace, events=[*recorder.trace.events])  # gradients are there when a step begins
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(
             f"a {config.model_type} model cannot be planned for --task {task}: its work depends on values ({error})"
@@ -230,4 +232,3 @@ def trace_step(model, config, task, shapes, forward_loss, *, autocast=None, chun
             parameter.grad = None
         if autocast is not None:
             model.forward = forward
-    return recorder.trace
