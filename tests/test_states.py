@@ -21,7 +21,8 @@ from conftest import ROOT, check_engine, flags_of, save_tokenizer, text, tiny_co
 
 from zerotune.engine.deepspeed_config import read_deepspeed_config, resolve
 from zerotune.errors import UserError
-from zerotune.plan import states as plan
+from zerotune.plan import parameters as plan
+from zerotune.plan.states import states
 
 BOUND = 0.005
 WIDER = {  # a few million parameters in tensors of several sizes, so that no bucket and no partition ends with one
@@ -184,7 +185,7 @@ def compare(folder, name):
     ranks = [json.loads(path.read_text()) for path in sorted((folder / name).glob("rank*.json"))]
     assert len(ranks) == processes
     parameters = [plan.Parameter(**p | {"shape": tuple(p["shape"])}) for p in ranks[0]["parameters"]]
-    predicted = plan.states(
+    predicted = states(
         parameters,
         ranks[0]["other_bytes"],
         num_processes=processes,
@@ -252,7 +253,7 @@ def resolved(name, **flags):
 def of_seven_billion(strategy, optim="adamw_torch_fused", **flags):
     config, accumulation = resolved(strategy, **flags), flags.get("gradient_accumulation_steps", 1)
     given = {"num_processes": 8, "config": config, "optim": optim, "mixed_precision": "bf16", "accumulation": accumulation}
-    return plan.states(seven_billion(), 0, **given)
+    return states(seven_billion(), 0, **given)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_what_is_not_modelled_is_refused():
     config = resolved("zero3")
     config["zero_optimization"] |= {"zero_hpz_partition_size": 4, "zero_quantized_weights": True}
     with pytest.raises(UserError, match="not modelled: zero_hpz_partition_size, zero_quantized_weights; remove them"):
-        plan.states(seven_billion(), 0, num_processes=8, config=config, optim="adamw_torch", mixed_precision="bf16")
+        states(seven_billion(), 0, num_processes=8, config=config, optim="adamw_torch", mixed_precision="bf16")
 
 
 if __name__ == "__main__":

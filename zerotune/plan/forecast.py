@@ -20,8 +20,9 @@ from zerotune.model.quantization import quantization_config
 from zerotune.plan.allocator import replay
 from zerotune.plan.empty import empty_model, fake_tensors, pretend
 from zerotune.plan.machine import CONTEXT_BYTES, GIB, HOST_MEMORY, NCCL_BYTES, NVME
+from zerotune.plan.parameters import BUCKETS, GRADIENTS, REDUCTION, parameters_of
 from zerotune.plan.shapes import largest_allowed, largest_shapes
-from zerotune.plan.states import BUCKETS, GRADIENTS, REDUCTION, parameters_of, states
+from zerotune.plan.states import states
 from zerotune.plan.trace import GRADIENT, tensors_of, trace_step
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,9 +18,9 @@ from zerotune.model.loading import hidden_size
 from zerotune.plan.changes import cut, divisors, largest_micro_batch
 from zerotune.plan.forecast import Planner
 from zerotune.plan.machine import GIB, this_machine
+from zerotune.plan.parameters import FROZEN, OPTIMIZER, WEIGHTS, optimizer_states
 from zerotune.plan.report import answer, gib, plan_lines
 from zerotune.plan.shapes import row_lengths
-from zerotune.plan.states import FROZEN, OPTIMIZER, WEIGHTS, optimizer_states
 from zerotune.rows.collation import TrainingSteps
 from zerotune.run.checkpoint import list_checkpoints, random_state, set_random_state
 from zerotune.run.profiling import memory_gib
