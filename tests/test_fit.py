@@ -111,6 +111,22 @@ def test_out_of_memory_is_explained(train, tiny, long_rows, strategy):
     assert (first.folder / "checkpoint-1" / "manifest.json").exists()
 
 
+@pytest.mark.launch
+def test_out_of_memory_in_an_evaluation(train, tiny, long_rows, tmp_path):
+    """The phase is named, and what was saved before it stays."""
+    (tmp_path / "many.jsonl").write_text(8 * long_rows.read_text())
+    options = {
+        "model_name_or_path": tiny("t5"), "train_file": long_rows, "validation_file": tmp_path / "many.jsonl",
+        "max_source_length": 1000, "max_target_length": 256, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 128,
+        "max_steps": 2, "eval_steps": 2, "save_steps": 1, "predict_with_generate": "false",
+    }  # fmt: skip
+    limits = {"LIMITED_RANK": "0", "LIMITED_BYTES": str(200 * MIB), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = train(None, check=False, environment=limits, **options)
+    assert result.code == 2, result.output[-3000:]
+    assert "train.py: out of memory: rank 0, in an evaluation, batch of 128 x 901 + 128 x 201 tokens" in result.output
+    assert (result.folder / "checkpoint-1" / "manifest.json").exists() and not (result.folder / "final").exists()
+
+
 def test_the_kernels_killer_is_named(tiny, long_rows, tmp_path):
     """A real memory cgroup that is too small: launch.sh says who ended the run, and shows the host's memory by category."""
     group = memory_group(250 * MIB)

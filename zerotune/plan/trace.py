@@ -51,7 +51,7 @@ class Trace:
             live[category] = live.get(category, 0) + change
             total += change
             if total + sum(extra.values()) > most:
-                most, at_peak = total + sum(extra.values()), live | extra
+                most, at_peak = total + sum(extra.values()), extra | live
         return at_peak
 
 

@@ -91,7 +91,8 @@ def end(run, error):
 def report(run, frames, error):
     """Return lines: phase and batch, memory by category, the largest tensors that are alive."""
     names = [PHASES[frame.f_code.co_name] for frame in frames if frame.f_code.co_name in PHASES]
-    lines = [f"rank {run.accelerator.process_index}, in {names[-1] if names else 'the start'}{where(run, frames)}"]
+    phase = names[-1] if names else "the start"
+    lines = [f"rank {run.accelerator.process_index}, in {phase}{where(run, frames, phase)}"]
     lines.append(" ".join(str(error).split())[:300] or type(error).__name__)
     model, optimizer = getattr(run, "model", None), getattr(run, "optimizer", None)
     peak = peak_memory()
@@ -105,20 +106,21 @@ def report(run, frames, error):
     return lines
 
 
-def where(run, frames):
+def where(run, frames, phase):
     """Return the step, the batch with its shape and the lines of its rows, and the module that asked for memory, in words."""
-    words = ""
+    words, shape = "", ""
     for frame in frames:
         names = frame.f_locals
-        if frame.f_code.co_name == "train" and "micro_batches" in names:
+        if phase == PHASES["train"] == PHASES.get(frame.f_code.co_name) and "micro_batches" in names:
             step, index = names["step"], names.get("index", 1)
             lines = run.training_steps.lines_of_micro_batch(step - 1, index - 1)
             shown = ", ".join(map(str, lines[:20])) + ", ..." * (len(lines) > 20)
-            words += f" (step {step}, micro-batch {index}: lines {shown} of the training rows)"
-        if isinstance(names.get("batch"), dict) and "input_ids" in names["batch"]:
-            batch = names["batch"]
-            shape = " + ".join(" x ".join(map(str, batch[n].shape)) for n in ("input_ids", "decoder_input_ids") if n in batch)
-    words += f", batch of {shape} tokens" if "shape" in locals() else ""
+            words = f" (step {step}, micro-batch {index}: lines {shown} of the training rows)"
+        batch = names.get("batch")
+        if isinstance(batch, dict) and "input_ids" in batch:
+            parts = [" x ".join(map(str, batch[n].shape)) for n in ("input_ids", "decoder_input_ids") if n in batch]
+            shape = f", batch of {' + '.join(parts)} tokens"
+    words += shape
     model = getattr(run, "model", None)
     modules = {id(module): name for name, module in model.named_modules()} if model is not None else {}
     inside = [modules[id(frame.f_locals["self"])] for frame in frames if id(frame.f_locals.get("self")) in modules]
