@@ -97,6 +97,18 @@ def runner(forks):
     return run
 
 
+def test_the_table_of_peaks_is_the_committed_result():
+    content = json.loads((ROOT / "docs" / "planner.json").read_text())
+    assert peaks.table(content) == (ROOT / "docs" / "planner.md").read_text()
+    results = {tuple(json.loads(name)): result for name, result in content["cells"].items()}
+    plain, zero = peaks.of(results, "single"), peaks.of(results, "zero")
+    summary = peaks.summary(plain)
+    assert summary["cells"] >= 60 and len({name[0] for name in plain}) == 5
+    assert summary["median_error"] <= 0.015 and summary["worst_error"] <= 0.05 and summary["furthest_below"] <= 0.02
+    assert len(zero) >= 20 and peaks.summary(zero)["furthest_below"] <= 0.02
+    assert peaks.sentence(plain).removesuffix(".") in " ".join((ROOT / "README.md").read_text().split())
+
+
 @pytest.fixture(scope="module")
 def llama_70b(tmp_path_factory):
     """Return a folder with nothing but the configuration of a Llama of 70 B parameters."""
