@@ -66,6 +66,17 @@ def test_auto_batch_is_the_same_step_and_is_kept(train, tiny, rows16, strategy):
 
 
 @pytest.mark.launch
+def test_what_cannot_be_planned_is_not_chosen_for(train, tiny, rows16):
+    """One line and exit code 2 on all ranks, in place of a micro-batch out of thin air."""
+    options = OPTIONS | {"model_name_or_path": tiny("llama"), "train_file": rows16, "task": "causal", "peft": "lora"}
+    options |= {"quantize": "int8", "target_modules": "all-linear"}
+    for flag in ("auto_batch", "probe_longest_batch"):
+        result = train("ddp", name=flag, check=False, **{flag: "true"}, **options)
+        assert result.code == 2 and "Traceback" not in result.output, result.output[-2000:]
+        assert f"train.py: error: --{flag}: --quantize int8: cannot be planned" in result.output
+
+
+@pytest.mark.launch
 @pytest.mark.parametrize("strategy", [None, "ddp", "zero2", "zero3"])
 def test_auto_batch_under_a_limit(train, tiny, long_rows, strategy):
     """The last rank may take 450 MiB more: it fits by the plan (one process), or after a trial (the plan is rank 0's)."""

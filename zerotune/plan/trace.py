@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -221,10 +220,9 @@ def trace_step(model, config, task, shapes, forward_loss, *, autocast=None, chun
                 (loss * (1 / 7)).backward()
                 del batch, labels, loss
         return dataclasses.replace(recorder.trace, events=[*recorder.trace.events])  # gradients are there when a step begins
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise UserError(
-            f"a {config.model_type} model cannot be planned for --task {task}: its work depends on values ({error})"
-        ) from None
+    except (NotImplementedError, RuntimeError) as error:  # what asks for values, or knows no tensors without memory
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise UserError(f"a {config.model_type} model cannot be planned for --task {task}, without values ({reason})") from None
     finally:
         for hook in hooks:
             hook.remove()

@@ -59,37 +59,32 @@ class Fit:
         The same on every rank. A run that is gone on with keeps what was chosen; rows of which a trial has shown that they do not
         fit are not chosen again.
         """
-        args, choice, why = self.args, None, ""
+        args, choice, why, problem = self.args, None, "", None
         given = {name: getattr(args, name) for name in CUT}
         if self.accelerator.is_main_process:
             choice, why = kept_cut(args), "as the run began"
             if choice is None:
                 rows, forecast = largest_micro_batch(self.planner, self.strategy.stem, self.machine, self.strategy.config)
-                why = f"{gib(forecast.device_bytes)} of {gib(forecast.device_limit)} GiB are planned"
-                total = args.per_device_train_batch_size * args.gradient_accumulation_steps
+                why, problem = f"{gib(forecast.device_bytes)} of {gib(forecast.device_limit)} GiB are planned", forecast.problem
                 if (limit := int(os.environ.get(LIMIT, rows + 1))) <= rows:
-                    if limit == 1:
-                        raise UserError(
-                            "--auto_batch: a micro-batch of 1 row does not fit; python -m zerotune plan says what would"
-                        )
+                    total = given[CUT[0]] * given[CUT[1]]
                     rows, why = max(n for n in divisors(total) if n < limit), f"{limit} did not fit when they were tried"
                 choice = cut(args, rows)
-            words = [" x ".join(map(str, rows.values())) for rows in (choice, given)]
-            say(f"auto_batch: {words[0]} rows x accumulation in place of {words[1]}, the same step and losses: {why}")
-        choice, why = broadcast_object_list([choice, why])
+        choice, why, problem = broadcast_object_list([choice, why, problem])
+        if problem:
+            raise UserError(f"--auto_batch: {problem}")
+        words = [" x ".join(map(str, rows.values())) for rows in (choice, given)]
+        say(f"auto_batch: {words[0]} rows x accumulation in place of {words[1]}, the same step and losses: {why}")
         vars(args).update(choice)
         self.strategy.cut_anew(self.accelerator, self.plugin, args, hidden_size(self.planner.config))
         return {"given": given, "chosen": choice, "why": why}
 
     def longest_batch(self, collator):
         """Return (the Shape, the micro-batch) that takes most of this run's memory, the same on every rank."""
-        shape = None
-        if self.accelerator.is_main_process:
-            forecast = self.forecast()
-            if forecast.problem:
-                raise UserError(f"--probe_longest_batch: {forecast.problem}")
-            shape = forecast.shape
-        (shape,) = broadcast_object_list([shape])
+        forecast = self.forecast() if self.accelerator.is_main_process else None
+        shape, problem = broadcast_object_list([forecast and forecast.shape, forecast and forecast.problem])
+        if problem:
+            raise UserError(f"--probe_longest_batch: {problem}")
         steps = TrainingSteps(self.data, collator, self.args, self.accelerator.num_processes, shape.rank)
         return shape, steps[shape.step][shape.micro_batch]
 
