@@ -36,6 +36,7 @@ def main(words):
     )],
     ("llama", [], []), ("llama", ["embeddings", "layers[:3]"], []), ("llama", ["all"], ["layers[1]"]),
 ])  # fmt: skip
+@pytest.mark.launch
 def test_flops_are_torchs(family, freeze, unfreeze):
     """The polynomial gives what torch counts in a real forward and backward of a batch of another shape."""
     model_class, config = tiny_config(family, 0.1)

@@ -99,6 +99,7 @@ def finished(tiny, rows16, tmp_path_factory):
     return folder, flags
 
 
+@pytest.mark.launch
 def test_damage_is_found_and_the_checkpoint_before_is_taken(finished, tmp_path):
     from accelerate import Accelerator
 

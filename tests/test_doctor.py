@@ -428,6 +428,7 @@ def test_rows_that_stop_a_launch_are_found(tiny, rows16, tmp_path):
     assert not any(found.check in ("round trip", "numbers") for found in findings)
 
 
+@pytest.mark.launch
 def test_mistakes_are_the_launchers_lines(tiny, rows16, tmp_path):
     code, findings, error = doctor(STRATEGY="zero9")
     assert code == 2 and not findings and "STRATEGY=zero9 is not known; allowed: cpu ddp" in error and "Traceback" not in error

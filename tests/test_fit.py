@@ -138,6 +138,7 @@ def test_out_of_memory_in_an_evaluation(train, tiny, long_rows, tmp_path):
     assert (result.folder / "checkpoint-1" / "manifest.json").exists() and not (result.folder / "final").exists()
 
 
+@pytest.mark.launch
 def test_the_kernels_killer_is_named(tiny, long_rows, tmp_path):
     """A real memory cgroup that is too small: launch.sh says who ended the run, and shows the host's memory by category."""
     group = memory_group(250 * MIB)

@@ -122,6 +122,7 @@ def llama_70b(tmp_path_factory):
     return folder
 
 
+@pytest.mark.launch
 def test_a_plan_of_70_billion_parameters(llama_70b, tmp_path):
     """Without weights, rows, a tokenizer or a GPU; what it takes itself is less than 4 GiB."""
     picture = tmp_path / "plan.png"
@@ -146,6 +147,7 @@ def test_a_plan_of_70_billion_parameters(llama_70b, tmp_path):
     assert len(set(Image.open(picture).convert("RGB").getdata())) > 6
 
 
+@pytest.mark.launch
 def test_where_nothing_fits_the_smallest_changes_are_named(tiny, rows16):
     words = ["--model_name_or_path", tiny("t5"), "--train_file", rows16, "--max_steps", 2]
     totals = []
@@ -163,6 +165,7 @@ def test_where_nothing_fits_the_smallest_changes_are_named(tiny, rows16):
     assert "--per_device_train_batch_size 8 --gradient_accumulation_steps 2" in launches[0]
 
 
+@pytest.mark.launch
 def test_a_cut_keeps_the_rows_and_memory_grows_with_the_micro_batch(tiny, rows16, tmp_path):
     from zerotune.plan.changes import cut, largest_micro_batch
 
@@ -225,6 +228,7 @@ def test_own_flags_are_taken_out_of_the_launch_line():
     assert flags_of_train(words, own) == ["--task", "causal", "--learning-rate", "1e-5"]
 
 
+@pytest.mark.launch
 def test_models_that_look_at_values_are_refused(tmp_path):
     """BART's classifier reads at the end token of each row, which is nowhere without values."""
     from zerotune.tools.synthetic import build_model
