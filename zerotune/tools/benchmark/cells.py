@@ -10,7 +10,7 @@ from functools import lru_cache
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|Cannot allocate memory|MemoryError|std::bad_alloc|Signal 9 \(SIGKILL\)", re.IGNORECASE
 )
-REASON = re.compile(r"^(?:\[rank\d+\]: )?(?:train\.py: error|launch\.sh|\S*Error|\S*Exception)\b.*", re.MULTILINE)
+REASON = re.compile(r"^(?:\[rank\d+\]: )?(?:train\.py: (?:error|out of memory)|launch\.sh|\S*Error|\S*Exception)\b.*", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def status_of(code, log):
     if code == "timeout":
         return "timeout", "longer than cell_timeout_seconds"
     reasons = REASON.findall(log)
-    if code == 2:
+    if code == 2 and "train.py: out of memory: " not in log:
         return "refused", (reasons or ["no reason given"])[0][:300]
     if OUT_OF_MEMORY.search(log) or code in (-9, 137):
         return "out of memory", next((r for r in reasons if OUT_OF_MEMORY.search(r)), "killed")[:300]
