@@ -84,7 +84,7 @@ def test_waiting_is_communication_without_computing():
 def test_ends_of_cells_and_ratios():
     assert status_of(0, "")[0] == "ok"
     assert status_of(2, "x\ntrain.py: error: --optim\n") == ("refused", "train.py: error: --optim")
-    assert status_of(2, "x\ntrain.py: out of memory: rank 0, in a step\n")[0] == "out of memory"
+    assert status_of(2, "x\ntrain.py: out of memory: rank 0, in a step\n") == ("out of memory", "rank 0, in a step")
     assert status_of(1, "y\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n")[0] == "out of memory"
     assert status_of(1, "z\n[rank0]: torch.OutOfMemoryError: CUDA out of memory.\n")[1].endswith("CUDA out of memory.")
     assert status_of(1, "ValueError: no\nmore") == ("failed", "ValueError: no")

@@ -10,6 +10,7 @@ from functools import lru_cache
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|Cannot allocate memory|MemoryError|std::bad_alloc|Signal 9 \(SIGKILL\)", re.IGNORECASE
 )
+EXPLAINED = "train.py: out of memory: "  # the lines of train.py's own report
 REASON = re.compile(r"^(?:\[rank\d+\]: )?(?:train\.py: (?:error|out of memory)|launch\.sh|\S*Error|\S*Exception)\b.*", re.MULTILINE)
 
 
@@ -77,10 +78,10 @@ def status_of(code, log):
     if code == "timeout":
         return "timeout", "longer than cell_timeout_seconds"
     reasons = REASON.findall(log)
-    if code == 2 and "train.py: out of memory: " not in log:
+    if code == 2 and EXPLAINED not in log:
         return "refused", (reasons or ["no reason given"])[0][:300]
     if OUT_OF_MEMORY.search(log) or code in (-9, 137):
-        return "out of memory", next((r for r in reasons if OUT_OF_MEMORY.search(r)), "killed")[:300]
+        return "out of memory", next((r for r in reasons if OUT_OF_MEMORY.search(r)), "killed").removeprefix(EXPLAINED)[:300]
     return "failed", (reasons or [f"exit code {code}"])[-1][:300]
 
 
