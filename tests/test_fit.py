@@ -63,6 +63,9 @@ def test_auto_batch_is_the_same_step_and_is_kept(train, tiny, rows16, strategy):
         assert abs(mine["loss"] - other["loss"]) <= 1e-5 * other["loss"] and mine["target_tokens"] == other["target_tokens"]
     again = train(strategy, name="auto", auto_batch="true", **options | {"lr_scheduler_type": "linear"})
     assert again.run["resumed_from"].endswith("checkpoint-3") and "as the run began" in again.output
+    limit = {"ZEROTUNE_MICRO_BATCH_LIMIT": "4"}  # what a trial that did not fit leaves for the process after it
+    refused = train(strategy, name="auto", check=False, auto_batch="true", environment=limit, **options)
+    assert refused.code == 2 and "micro-batches of 4 rows, as the run began, do not fit here" in refused.output
 
 
 @pytest.mark.launch

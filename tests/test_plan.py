@@ -200,6 +200,7 @@ def test_wrong_input_is_a_line(words, lines, tiny, capsys):
     from zerotune.__main__ import main
 
     given = words if "--model_name_or_path" in words else ["--model_name_or_path", str(tiny("t5")), *words]
+    capsys.readouterr()  # of making the model
     assert main(["plan", *given]) == 2
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == len(lines)

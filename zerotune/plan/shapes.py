@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from zerotune.rows.batches import rows_of_step
+from zerotune.rows.data import numbers
 
 ITEMS_AT_ONCE = 2_000_000  # rows that are looked at together
 
@@ -42,9 +43,9 @@ def largest_allowed(args):
 
 def row_lengths(rows, task):
     """Return (tokens of each source, of each target) of tokenised rows; the targets of decoders alone, else zeros."""
-    columns = rows.select_columns(["length", "num_targets"]).with_format("numpy")[:]
-    targets = columns["num_targets"] if task == "seq2seq" else np.zeros_like(columns["length"])
-    return columns["length"] - targets, targets
+    lengths, targets = numbers(rows, "length"), numbers(rows, "num_targets")
+    targets = targets if task == "seq2seq" else np.zeros_like(lengths)
+    return lengths - targets, targets
 
 
 def largest_shapes(sources, targets, *, rows, accumulation, num_processes, max_steps, seed, by_length, multiple):

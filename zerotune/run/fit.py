@@ -63,7 +63,9 @@ class Fit:
         given = {name: getattr(args, name) for name in CUT}
         if self.accelerator.is_main_process:
             choice, why = kept_cut(args), "as the run began"
-            if choice is None:
+            if choice is not None and LIMIT in os.environ:  # a smaller one would be another run; this one would be tried for ever
+                problem = f"micro-batches of {choice[CUT[0]]} rows, as the run began, do not fit here; go on with it where they do"
+            elif choice is None:
                 rows, forecast = largest_micro_batch(self.planner, self.strategy.stem, self.machine, self.strategy.config)
                 why, problem = f"{gib(forecast.device_bytes)} of {gib(forecast.device_limit)} GiB are planned", forecast.problem
                 if (limit := int(os.environ.get(LIMIT, rows + 1))) <= rows:
