@@ -41,6 +41,7 @@ WORDS = (
     "Cannot allocate memory",
 )
 EXIT_CODE = 2
+RESERVE = 1 << 25
 NUM_TENSORS = 8
 
 
@@ -58,11 +59,13 @@ def explained(run):
     """Turn running out of memory in a run into a report, and end the process with code 2; all else passes."""
     if run.args.memory_snapshot:
         torch.cuda.memory._record_memory_history()
+    reserve = bytearray(RESERVE)  # host memory to explain with; never written, so that it takes address space alone
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        del reserve
         if run.args.memory_snapshot:
             torch.cuda.memory._dump_snapshot(run.args.memory_snapshot)
         end(run, error)

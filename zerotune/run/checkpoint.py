@@ -23,6 +23,7 @@ from zerotune.engine.optimizer import replay_bias_correction
 from zerotune.engine.processes import unwrap
 from zerotune.errors import UserError
 from zerotune.run import manifest
+from zerotune.run.autopsy import is_out_of_memory
 from zerotune.run.export import repair
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -151,6 +152,8 @@ def noting(errors):
     try:
         yield
     except Exception as error:
+        if is_out_of_memory(error):  # explained by this rank, which ends the others
+            raise
         errors.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 

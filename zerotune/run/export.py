@@ -12,6 +12,7 @@ from zerotune.engine.processes import unwrap
 from zerotune.errors import RunError
 from zerotune.model.adapters import adapter_state, merge, save_adapter
 from zerotune.model.loading import AUTO_CLASSES
+from zerotune.run.autopsy import is_out_of_memory
 
 
 def export(accelerator, model, tokenizer, output_dir, args):
@@ -49,6 +50,8 @@ def export(accelerator, model, tokenizer, output_dir, args):
                 replace(temporary, written)
         except Exception as error:  # whatever it is, the other ranks must hear of it instead of waiting
             shutil.rmtree(temporary, ignore_errors=True)
+            if is_out_of_memory(error):  # explained by this rank, which ends the others
+                raise
             errors.append(f"{written}: not written: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     if errors := gather_object(errors):
         raise RunError(*errors)
