@@ -35,8 +35,9 @@ from torch.utils.data import DataLoader
 
 from zerotune.engine import processes, stopping
 from zerotune.engine.deepspeed_config import has_cuda
-from zerotune.engine.determinism import set_deterministic
+from zerotune.engine.determinism import seed_pass, set_deterministic
 from zerotune.engine.ending import exit_with, finish, restore_default_signals
+from zerotune.engine.frozen import frozen_checksum
 from zerotune.engine.optimizer import build_optimizer
 from zerotune.engine.schedule import Schedule
 from zerotune.engine.strategy import launched_strategy
@@ -52,7 +53,7 @@ from zerotune.run import checkpoint, records
 from zerotune.run.autopsy import explained
 from zerotune.run.evaluation import Evaluator, metrics_before_training
 from zerotune.run.export import export
-from zerotune.run.fingerprint import fingerprint
+from zerotune.run.fingerprint import fingerprint, layout
 from zerotune.run.fit import Fit
 from zerotune.run.guard import Guard
 from zerotune.run.monitor import Monitor
@@ -131,12 +132,16 @@ def cut_steps(run):
     if args.plan_only:
         run.fit.show_plan(run.console.say)
         finish(0)
+    run.given_cut = run.fit.keep_rows_a_step(run.console.say)  # of a run that goes on with another number of processes
     run.auto_batch = run.fit.choose_cut(run.console.say) if args.auto_batch else None
     run.schedule = Schedule.of(args, len(run.data.rows["train"]), accelerator.num_processes)
     run.console.say(f"batch: {run.schedule.equation}")
-    run.fingerprint = fingerprint(args, run.strategy, run.config, run.data, run.schedule)
+    run.fingerprint, run.layout = fingerprint(args, run.config, run.data, run.schedule), layout(args, run.strategy)
     request = args.output_dir, args.resume_from_checkpoint
-    run.found, run.manifest = checkpoint.choose(accelerator, *request, run.fingerprint, run.console.say)
+    compared = run.fingerprint, run.layout, args.accept_change
+    run.found, run.manifest, run.changes = checkpoint.choose(accelerator, *request, *compared, run.console.say)
+    if run.found:
+        run.schedule = run.schedule.gone_on_with(run.manifest)
 
 
 def load_model(run):
@@ -144,9 +149,9 @@ def load_model(run):
     args, accelerator, console = run.args, run.accelerator, run.console
     set_seed(args.seed)  # the same on every rank: a new classification head starts alike everywhere
     run.host_memory_before_model = records.peak_memory()["peak_host_memory_gib"]
-    precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
-    dtype = precision if run.plugin else torch.float32  # DeepSpeed keeps float32 masters of its own
-    quantization = quantization_config(args, run.config.model_type, precision, run.strategy.zero_stage)
+    run.precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
+    dtype = run.precision if run.plugin else torch.float32  # DeepSpeed keeps float32 masters of its own
+    quantization = quantization_config(args, run.config.model_type, run.precision, run.strategy.zero_stage)
     model, new_weights = loading.load_model(args, run.config, run.tokenizer, run.data.labels, dtype, quantization)
     run.num_partitioned = loading.count_partitioned(model)
     model, run.freeze_report = make_trainable(model, args, run.tokenizer, dtype, run.schedule.max_steps)
@@ -185,10 +190,9 @@ def make_trainable(model, args, tokenizer, dtype, max_steps):
 def resume(run):
     """Go on from the checkpoint that was chosen, write run.json, and return the number of steps that are done."""
     args, accelerator, model = run.args, run.accelerator, run.model
-    set_seed(args.seed, device_specific=True)  # dropout differs between ranks
     if accelerator.is_main_process:
         checkpoint.open_folder(args.output_dir, anew=run.found is None and args.overwrite_output_dir)
-    frozen, facts = checkpoint.frozen_digest(accelerator, model), records.environment_facts()
+    frozen, facts = frozen_checksum(accelerator, model, run.precision), records.environment_facts()
     step = checkpoint.load(accelerator, model, run.optimizer, run.found, run.manifest, frozen) if run.found else 0
     engine = processes.engine_facts(accelerator, run.strategy, model, run.optimizer)
     engine["parameters_partitioned_at_load"] = run.num_partitioned
@@ -198,6 +202,7 @@ def resume(run):
             "engine": engine,
             "deepspeed_config": run.plugin and run.plugin.deepspeed_config,
             "resumed_from": run.found,
+            "legs": records.legs(args.output_dir, step, run.layout, run.changes),
             "host_memory_before_model_gib": run.host_memory_before_model,
             "data": run.data_report,
             "auto_batch": run.auto_batch,
@@ -209,7 +214,13 @@ def resume(run):
     run.console.say("engine: " + ", ".join(f"{key} {value}" for key, value in engine.items()))
     if args.probe_longest_batch or args.auto_batch:
         run.fit.probe(model, run.optimizer, run.collator, forward_loss, run.console.say)
-    run.manifest_facts = {"fingerprint": run.fingerprint, "frozen_sha256": frozen, "versions": facts["versions"]}
+    run.manifest_facts = {"fingerprint": run.fingerprint, "layout": run.layout, "row_offset": run.schedule.row_offset}
+    run.manifest_facts |= {
+        "frozen_weights": frozen,
+        "versions": facts["versions"],
+        "arguments": vars(args),
+        "given_cut": run.given_cut,
+    }
     return step
 
 
@@ -231,7 +242,8 @@ def accompany(run, start):
     """Make what watches the steps, refuses bad ones, saves, evaluates and listens for signals."""
     args, accelerator, model, optimizer = run.args, run.accelerator, run.model, run.optimizer
     counts = {"overflowed_steps": run.manifest["overflowed_steps"] if run.found else 0}
-    run.training_steps = TrainingSteps(run.data, run.collator, args, accelerator.num_processes, accelerator.process_index)
+    place = accelerator.num_processes, accelerator.process_index, run.schedule.row_offset
+    run.training_steps = TrainingSteps(run.data, run.collator, args, *place)
     run.monitor = Monitor(accelerator, model, optimizer, args, run.schedule, run.console, counts, start)
     run.saver = checkpoint.Saver(accelerator, model, optimizer, args, run.manifest_facts, counts, run.monitor)
     run.guard = Guard(accelerator, model, optimizer, args, run.monitor, run.saver, run.training_steps.lines_of_step)
@@ -253,7 +265,6 @@ def train(run, start):
         num_workers=args.dataloader_num_workers,
         worker_init_fn=restore_default_signals,
         pin_memory=has_cuda(),
-        generator=torch.Generator(),  # without its own, the loader would draw from the global state that dropout uses
     )
     step = start
     for step, micro_batches in monitor.steps(loader, start):
@@ -268,6 +279,7 @@ def train(run, start):
         for index, batch in enumerate(monitor.batches(micro_batches), 1):
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             labels = batch.pop("labels")
+            seed_pass(args.seed, step, index, accelerator.process_index)  # for dropout
             accelerator.sync_gradients = index == len(micro_batches)  # the accumulation boundary, for DDP and DeepSpeed
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
                 loss_sum = forward_loss(model, batch, labels, chunked=args.loss_chunks > 0)

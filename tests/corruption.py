@@ -74,13 +74,14 @@ def main():
             with open(folder / "log", "w") as log:
                 assert start(strategy, run, flags, log).wait() == 0, (folder / "log").read_text()[-3000:]
             (before, _), (last, _) = list_checkpoints(run)
-            fingerprint = manifest.read(run / f"checkpoint-{last}")["fingerprint"]
+            saved = manifest.read(run / f"checkpoint-{last}")
+            compared = saved["fingerprint"], saved["layout"], []
             kinds, found = Counter(), 0
             for number in range(args.count // len(args.strategies)):
                 kind = KINDS[number % len(KINDS)]
                 shutil.copytree(run, victim)
                 damage(victim / f"checkpoint-{last}", kind, generator)
-                taken, content = choose(accelerator, victim, "auto", fingerprint, lambda text: None)
+                taken, content, _ = choose(accelerator, victim, "auto", *compared, lambda text: None)
                 found += taken.name == f"checkpoint-{before}" and content["step"] == before
                 kinds[kind] += 1
                 shutil.rmtree(victim)

@@ -1,37 +1,17 @@
-"""The contents of a checkpoint as one hash: what torch.save wrote differs from run to run where nothing in it does."""
+"""The state that a checkpoint holds as one hash: weights, optimizer states, step counts and the loss scale."""
 
 import hashlib
+import sys
 from pathlib import Path
 
-import torch
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from zerotune.run import manifest  # noqa: E402
+from zerotune.run.state_files import SavedState  # noqa: E402
 
 
-def update(digest, value, skip=()):
-    """Feed a nest of dicts, lists, tensors and plain values into a hash."""
-    if isinstance(value, torch.Tensor):
-        flat = value.detach().cpu().contiguous().flatten()
-        digest.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
-    elif isinstance(value, dict):
-        for key in sorted(value, key=str):
-            if key not in skip:
-                digest.update(str(key).encode())
-                update(digest, value[key], skip)
-    elif isinstance(value, (list, tuple, set)):
-        digest.update(f"{len(value)}".encode())
-        for item in value:
-            update(digest, item, skip)
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        update(digest, vars(value), skip)
-    else:
-        digest.update(repr(value).encode())
-
-
-def state_hash(folder, skip=(), only="*"):
-    """Return the SHA-256 of all that the *.pt files of a checkpoint hold: weights, optimizer states, random states, counters."""
-    digest, files = hashlib.sha256(), sorted(path for path in Path(folder).rglob("*.pt") if path.match(only))
-    assert files, f"{folder} holds no state"
-    for path in files:
-        digest.update(path.name.encode())
-        update(digest, torch.load(path, map_location="cpu", weights_only=False), skip)
-    return digest.hexdigest()
+def state_hash(folder):
+    """Return the SHA-256 of a checkpoint's state, the same however it is cut into files."""
+    assert list(Path(folder).glob("state-*.safetensors")), f"{folder} holds no state"
+    scaler = manifest.read(folder)["scaler"]
+    return hashlib.sha256(f"{SavedState(folder).digest()} {scaler and scaler['scale']}".encode()).hexdigest()

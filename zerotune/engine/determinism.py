@@ -1,11 +1,13 @@
-"""The same bits from the same run on a GPU: which of torch's kernels may be used.
+"""The same numbers from the same run: random numbers that follow from the place in it, and on a GPU which kernels may be used.
 
 On a CPU train.py's runs are bitwise repeatable as they are. On a GPU some kernels add in an order that differs from run to run
 (atomic additions, the backward of attention, cuBLAS with several streams), and a resumed run then ends near the straight one only.
 """
 
 import os
+import random
 
+import numpy as np
 import torch
 import torch.utils.deterministic
 
@@ -23,3 +25,11 @@ def set_deterministic(wanted):
     torch.utils.deterministic.fill_uninitialized_memory = False  # torch would write NaN over each buffer before its first use
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention, where torch prefers it, does not promise the same bits twice
+
+
+def seed_pass(seed, step, micro_batch, rank):
+    """Seed all generators for one forward and backward pass, so that its dropout is a function of these four numbers alone."""
+    mixed = np.random.SeedSequence([seed, step, micro_batch, rank]).generate_state(2)
+    torch.manual_seed(int(mixed[0]) << 32 | int(mixed[1]))  # the GPUs' as well
+    random.seed(int(mixed[0]))
+    np.random.seed(mixed[1])

@@ -1,5 +1,6 @@
 """The arithmetic of a run: how many steps of how many rows, and the learning rate of each, as functions of the step number."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ class Schedule:
     learning_rate: float
     lr_scheduler_type: str
     equation: str  # the batch arithmetic in words
+    row_offset: int = 0  # rows by which the stream is shifted, in a run whose rows_per_step has changed on the way
 
     @classmethod
     def of(cls, args, num_rows, num_processes):
@@ -57,10 +59,15 @@ class Schedule:
             max_steps=self.max_steps,
         )
 
+    def gone_on_with(self, saved):
+        """Return the Schedule after a checkpoint, of whose manifest `saved` is: the same place in the stream of rows."""
+        position = saved["row_offset"] + saved["step"] * saved["fingerprint"]["rows a step"]
+        return dataclasses.replace(self, row_offset=position - saved["step"] * self.rows_per_step)
+
     def facts(self):
         """Return what run.json holds of it."""
         return {"batch_arithmetic": self.equation, "max_steps": self.max_steps, "warmup_steps": self.warmup_steps}
 
     def epoch_at(self, step):
         """Return how many passes over the rows `step` steps are."""
-        return step * self.rows_per_step / self.num_rows
+        return (self.row_offset + step * self.rows_per_step) / self.num_rows

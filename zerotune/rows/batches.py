@@ -15,9 +15,12 @@ def epoch_permutation(num_rows, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
-def rows_of_step(step, num_rows, batch_size, seed, num_steps=1):
-    """Return the row numbers, int64 of shape (num_steps * batch_size,), that optimizer steps from `step` (from 0) on learn from."""
-    items = np.arange(step * batch_size, (step + num_steps) * batch_size)
+def rows_of_step(step, num_rows, batch_size, seed, num_steps=1, offset=0):
+    """Return the row numbers, int64 of shape (num_steps * batch_size,), that optimizer steps from `step` (from 0) on learn from.
+
+    offset: items by which the stream is shifted, in a run whose batch_size has changed on the way.
+    """
+    items = np.arange(step * batch_size, (step + num_steps) * batch_size) + offset
     epochs, places = items // num_rows, items % num_rows
     rows = np.empty(len(items), dtype=np.int64)
     for epoch in np.unique(epochs):

@@ -48,16 +48,19 @@ class Collator:
 class TrainingSteps(torch.utils.data.Dataset):
     """Item s is the list of this rank's collated micro-batches of optimizer step s; nothing else decides the data order."""
 
-    def __init__(self, data, collator, args, num_processes, rank):
+    def __init__(self, data, collator, args, num_processes, rank, offset=0):
+        """offset: as in rows_of_step."""
         self.rows, self.lengths, self.collator = data.rows["train"], data.lengths["train"], collator
         self.seed, self.accumulation, self.grouped = args.seed, args.gradient_accumulation_steps, args.group_by_length
-        self.num_processes, self.rank = num_processes, rank
+        self.num_processes, self.rank, self.offset = num_processes, rank, offset
         self.rows_per_step = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
+
+    def rows_of(self, step):
+        return rows_of_step(step, len(self.rows), self.rows_per_step, self.seed, offset=self.offset)
 
     def lines_of_step(self, step):
         """Return the lines, in the training file, of the rows that optimizer step `step` takes on all ranks."""
-        rows = rows_of_step(step, len(self.rows), self.rows_per_step, self.seed)
-        return self.rows[rows]["line"]
+        return self.rows[self.rows_of(step)]["line"]
 
     def lines_of_micro_batch(self, step, index):
         """Return the lines of this rank's rows in one micro-batch of a step, both counted from 0."""
@@ -65,7 +68,7 @@ class TrainingSteps(torch.utils.data.Dataset):
 
     def dealt(self, step):
         """Return this rank's row numbers in each micro-batch of a step."""
-        rows = rows_of_step(step, len(self.rows), self.rows_per_step, self.seed)
+        rows = self.rows_of(step)
         lengths = self.lengths[rows] if self.grouped else [0] * len(rows)
         return [ranks[self.rank] for ranks in deal(rows, lengths, self.accumulation, self.num_processes)]
 

@@ -131,13 +131,9 @@ class LearningArguments:
     loss_chunks: int = flag(
         0, "Head and cross-entropy run over N pieces: no logits of all tokens at once; 0: whole.", HARMLESS, range=NOT_NEGATIVE
     )
-    per_device_train_batch_size: int = flag(
-        8, "Rows of one forward/backward on one process.", MATHEMATICS, range=POSITIVE, unit="rows"
-    )
+    per_device_train_batch_size: int = flag(8, "Rows of one forward/backward on one process.", CONTENT, range=POSITIVE, unit="rows")
     per_device_eval_batch_size: int = flag(8, "Rows of one evaluation batch on one process.", HARMLESS, range=POSITIVE, unit="rows")
-    gradient_accumulation_steps: int = flag(
-        1, "Forward/backward passes per optimizer step.", MATHEMATICS, range=POSITIVE, unit="steps"
-    )
+    gradient_accumulation_steps: int = flag(1, "Forward/backward passes per optimizer step.", CONTENT, range=POSITIVE, unit="steps")
     auto_batch: bool = flag(
         False, "Cut the step anew, with the largest micro-batch that fits: as many rows a step, the same losses.", HARMLESS
     )
@@ -202,6 +198,12 @@ class RunArguments:
         "auto",
         "auto: the newest checkpoint in output_dir, if there is one; none: start at step 0; or a checkpoint's folder.",
         HARMLESS,
+    )
+    accept_change: list[str] = flag(
+        [],
+        "Flags that may differ from the checkpoint's though another training follows: learning_rate, train_file, ...",
+        HARMLESS,
+        unit="flag",
     )
     max_bad_steps: int = flag(
         5,

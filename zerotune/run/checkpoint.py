@@ -1,34 +1,29 @@
 """Checkpoints of a run: complete and verified, or not there at all; and where to go on from.
 
-A save writes checkpoint-<step>.tmp, every rank its own shard; when all ranks have succeeded and every file is on the disk, the
-manifest is written and the folder renamed; older checkpoints go only then. A kill leaves a .tmp folder that the next save
-removes; a full disk costs this save and nothing else.
+A save writes checkpoint-<step>.tmp, every rank one file (state_files.py); when all ranks have succeeded and every file is on the
+disk, the manifest is written and the folder renamed; older checkpoints go only then. A kill leaves a .tmp folder that the next save
+removes; a full disk costs this save and nothing else. No random states are saved: what is random in a step follows from its number.
 """
 
 import contextlib
-import hashlib
 import os
-import random
 import re
 import shutil
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from zerotune.engine.deepspeed_config import uses_nvme
-from zerotune.engine.optimizer import replay_bias_correction
-from zerotune.engine.processes import unwrap
+from zerotune.engine.pieces import scaler_state, set_scaler_state
 from zerotune.errors import UserError
-from zerotune.run import manifest
+from zerotune.run import manifest, state_files
 from zerotune.run.autopsy import is_out_of_memory
 from zerotune.run.export import repair
+from zerotune.run.fingerprint import compare, moved
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
-DEEPSPEED_TAG = "deepspeed"  # DeepSpeed's files lie in a sub-folder of this name
-STATE, RANDOM = "state.pt", "random_{rank}.pt"
+FORMAT = 2  # of the files; 1 was DeepSpeed's own and torch.save's, of one layout each
 
 
 def list_checkpoints(output_dir):
@@ -40,105 +35,33 @@ def list_checkpoints(output_dir):
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-def random_state():
-    """Return this process's random generators' states as plain values, which load without unpickling code."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_random_state(state):
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-@contextlib.contextmanager
-def collecting_errors(engine, errors):
-    """Have DeepSpeed's writes of this rank note a failure in `errors` and go on.
-
-    save_checkpoint is a collective: a rank that left it by an exception would leave the others waiting in a barrier for ever.
-    """
-    writers = (
-        (engine.checkpoint_engine, "save"),
-        (engine, "_copy_recovery_script"),  # DeepSpeed's zero_to_fp32.py, put into every checkpoint by rank 0
-    )
-
-    def guarded(function):
-        def call(*arguments, **options):
-            try:
-                return function(*arguments, **options)
-            except Exception as error:  # torch raises RuntimeError, OSError and its own for a full disk
-                errors.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-
-        return call
-
-    originals = [getattr(owner, name) for owner, name in writers]
-    for (owner, name), original in zip(writers, originals, strict=True):
-        setattr(owner, name, guarded(original))
-    try:
-        yield
-    finally:
-        for (owner, name), original in zip(writers, originals, strict=True):
-            setattr(owner, name, original)
-
-
-def write_state(accelerator, model, optimizer, folder, errors):
-    """Write the strategy's own state: DeepSpeed's shards, or (main process) trainable weights, buffers, optimizer and scaler.
-
-    Frozen weights are those of --model_name_or_path, and the manifest holds their SHA-256.
-    """
-    if accelerator.state.deepspeed_plugin is not None:
-        with collecting_errors(model, errors):
-            model.save_checkpoint(str(folder), DEEPSPEED_TAG, save_latest=False, exclude_frozen_parameters=True)
-    elif accelerator.is_main_process:
-        inner = unwrap(model)
-        learned = {name: p.detach() for name, p in inner.named_parameters() if p.requires_grad}
-        state = {"parameters": learned, "buffers": dict(inner.named_buffers()), "optimizer": optimizer.optimizer.state_dict()}
-        state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        torch.save(state, folder / STATE)
-
-
 def save(accelerator, model, optimizer, output_dir, step, save_total_limit, facts):
     """Write and commit checkpoint-<step>; return {"checkpoint_bytes", "save_seconds"}, or {"save_failed": why} after a failure.
 
-    facts: what goes into the manifest beside the files: fingerprint, versions, frozen_sha256.
+    facts: what goes into the manifest beside the files: fingerprint, layout, versions, frozen weights.
     A failure (a full disk, say) on any rank removes the temporary folder and keeps every older checkpoint.
     """
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and uses_nvme(plugin.deepspeed_config):  # also after a signal, where --save_steps 0 does not count
-        return {"save_failed": "DeepSpeed does not restore what lies on NVMe; a resumed run would go on from other weights"}
-    begin, errors = time.perf_counter(), []
+        return {"save_failed": "states on NVMe are not saved: DeepSpeed does not restore them"}
+    begin, errors, files = time.perf_counter(), [], {}
     folder = Path(output_dir) / f"checkpoint-{step}"
     temporary = Path(f"{folder}.tmp")
     if accelerator.is_main_process:
         with noting(errors):
             for leftover in Path(output_dir).glob("checkpoint-*.tmp"):
                 shutil.rmtree(leftover)
-            (temporary / DEEPSPEED_TAG).mkdir(parents=True)
-    if not agree(errors):
-        with noting(errors):
-            write_state(accelerator, model, optimizer, temporary, errors)
-            torch.save(random_state(), temporary / RANDOM.format(rank=accelerator.process_index))
-    files = {}
+            temporary.mkdir(parents=True)
     if not (failed := agree(errors)):
-        names = manifest.list_files(temporary)[accelerator.process_index :: accelerator.num_processes]
         with noting(errors):
-            for name in names:  # the ranks share the work of syncing and hashing
-                manifest.sync(temporary / name)
-                files[name] = manifest.file_facts(temporary / name)
+            name = state_files.file_name(accelerator.process_index)
+            files[name] = state_files.write(temporary / name, *state_files.tensors_to_save(accelerator, model, optimizer))
         files = dict(gather_object(list(files.items())))
         failed = agree(errors)
     if not failed and accelerator.is_main_process:
         with noting(errors):
-            commit(temporary, folder, facts | {"step": step, "files": files}, save_total_limit)
+            content = facts | {"format": FORMAT, "step": step, "files": files, "scaler": scaler_state(accelerator, optimizer)}
+            commit(temporary, folder, content, save_total_limit)
     if failed := failed or agree(errors):
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -212,13 +135,24 @@ def check_request(output_dir, resume_from_checkpoint, overwrite_output_dir):
             )
 
 
-def choose(accelerator, output_dir, resume_from_checkpoint, fingerprint, say):
-    """Return (folder, manifest) of the checkpoint to go on from, (None, None) to start at step 0; the same on every rank.
+def newest_manifest(output_dir, resume_from_checkpoint):
+    """Return the manifest of the checkpoint that will probably be gone on from, not yet verified; None if there is none."""
+    found = [path for _, path in reversed(list_checkpoints(output_dir))] if resume_from_checkpoint == "auto" else []
+    for folder in found if resume_from_checkpoint in ("auto", "none") else [resume_from_checkpoint]:
+        with contextlib.suppress(ValueError, OSError):
+            content = manifest.read(folder)
+            return content if content.get("format") == FORMAT else None
+    return None
+
+
+def choose(accelerator, output_dir, resume_from_checkpoint, fingerprint, layout, accepted, say):
+    """Return (folder, manifest, changes) of the checkpoint to go on from, (None, None, []) for step 0; the same on every rank.
 
     'auto' takes the newest that verifies; damaged ones are renamed to checkpoint-<step>.damaged and named through `say`. Raises
-    UserError, touching nothing, for a damaged folder that was asked for and for a checkpoint of another mathematics.
+    UserError, touching nothing, for a damaged folder that was asked for and for a checkpoint of another mathematics, unless its
+    changes are among `accepted`. changes: lines of what is accepted or laid out otherwise.
     """
-    choice, problems = (None, None), []
+    choice, changes, problems = (None, None), [], []
     try:
         if accelerator.is_main_process and resume_from_checkpoint == "auto":
             for _, folder in reversed(list_checkpoints(output_dir)):
@@ -235,12 +169,22 @@ def choose(accelerator, output_dir, resume_from_checkpoint, fingerprint, say):
             problems += [f"--resume_from_checkpoint {folder}: damaged: {problem}" for problem in damage[:10]]
     except OSError as error:  # not damage, and nothing to go on without: the other ranks have to hear of it
         problems.append(f"{error.filename}: {error.strerror}; every file of a checkpoint to resume from has to be readable")
-    if choice[1] is not None and not problems:
-        problems += differences(choice[1]["fingerprint"], fingerprint, choice[0])
-    choice, problems = broadcast_object_list([choice, problems])
+    folder, content = choice
+    if content is not None and not problems:
+        if content.get("format") != FORMAT:
+            problems.append(
+                f"{folder}: has format {content.get('format', 1)} and this version reads {FORMAT}; finish the run with the "
+                "version that began it, or start over in another --output_dir"
+            )
+        else:
+            problems, changes = compare(content["fingerprint"], fingerprint, accepted, folder)
+            changes += moved(content["layout"], layout)
+    choice, changes, problems = broadcast_object_list([choice, changes, problems])
     if problems:
         raise UserError(*problems)
-    return choice
+    if changes:
+        say(f"{choice[0].name} goes on with a change: {'; '.join(changes)}")
+    return *choice, changes
 
 
 def set_aside(folder):
@@ -253,60 +197,18 @@ def set_aside(folder):
     raise UserError(f"{folder}: damaged, and there are 1000 damaged ones beside it; remove them")
 
 
-def differences(saved, present, folder):
-    """Return a line for each entry of the two fingerprints that differs: going on would be another training."""
-    return [
-        f"{folder}: {name} was {saved.get(name)!r} and is {present.get(name)!r}; "
-        "go on with the same, or start over in another --output_dir"
-        for name in sorted(saved.keys() | present.keys())
-        if saved.get(name) != present.get(name)
-    ]
-
-
-def load(accelerator, model, optimizer, folder, content, frozen_sha256):
-    """Restore weights, optimizer, scaler and this rank's random state from a verified checkpoint; return its step."""
-    if content["frozen_sha256"] != frozen_sha256:
+def load(accelerator, model, optimizer, folder, content, frozen):
+    """Restore weights, optimizer and loss scale from a verified checkpoint of any layout; return its step; a collective."""
+    if content["frozen_weights"] not in (None, frozen) and frozen is not None:
         raise UserError(
             f"{folder}: it belongs to other frozen weights than --model_name_or_path has; give the model it was made with"
         )
+    state_files.load(accelerator, model, optimizer, folder)
+    set_scaler_state(accelerator, optimizer, content["scaler"])
     if accelerator.state.deepspeed_plugin is not None:
-        model.load_checkpoint(str(folder), DEEPSPEED_TAG, load_module_strict=False, load_lr_scheduler_states=False)
-        replay_bias_correction(model.basic_optimizer, model.global_steps - model.skipped_steps)
-    else:
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        inner = unwrap(model)
-        present = dict(inner.named_parameters()) | dict(inner.named_buffers())
-        with torch.no_grad():
-            for name, tensor in (state["parameters"] | state["buffers"]).items():
-                present[name].copy_(tensor)
-        optimizer.optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-    set_random_state(torch.load(folder / RANDOM.format(rank=accelerator.process_index), weights_only=True))
+        model.global_steps, model.skipped_steps = content["step"], content["overflowed_steps"]
+        model.global_samples = model.global_steps * model.train_batch_size()
     return content["step"]
-
-
-def frozen_digest(accelerator, model):
-    """Return the SHA-256 of the frozen weights, a list with one entry a rank that holds a part of them; a collective.
-
-    [] if nothing is frozen, and with NVMe, where nothing is saved.
-    """
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and uses_nvme(plugin.deepspeed_config):
-        return []
-    frozen = [(name, p) for name, p in unwrap(model).named_parameters() if not p.requires_grad]
-    sharded = any(hasattr(parameter, "ds_tensor") for _, parameter in frozen)
-    mine = []
-    if frozen and (sharded or accelerator.is_main_process):
-        digest = hashlib.sha256()
-        for name, parameter in frozen:
-            shard = getattr(parameter, "ds_tensor", parameter).detach().cpu().contiguous().flatten()
-            if sharded:  # the last shards are padded with whatever was in memory
-                shard = shard[: max(0, parameter.ds_numel - accelerator.process_index * shard.numel())]
-            digest.update(name.encode())
-            digest.update(shard.view(torch.uint8).numpy())
-        mine = [digest.hexdigest()]
-    return gather_object(mine)
 
 
 def open_folder(output_dir, anew):

@@ -1,11 +1,27 @@
-"""What decides the mathematics of a run, for comparison on resume; what only logs, evaluates or saves is not in it."""
+"""What decides the mathematics of a run, and how it is laid out over processes, for comparison on resume.
 
-from zerotune.flags import MATHEMATICS, names_deciding
+Another mathematics is refused unless the change is accepted by name; another layout is gone on with and said.
+"""
+
+from zerotune.flags import MATHEMATICS, ROWS, names_deciding
 from zerotune.run.arguments import Arguments
 from zerotune.run.records import sha256_of
 
+# Flags that decide which parameters and states there are: a checkpoint has nothing to go on from with another value.
+FIXED = (
+    "task freeze unfreeze peft lora_r lora_alpha target_modules modules_to_save num_virtual_tokens trainable_tokens quantize "
+    "double_quant optim"
+).split()
+ROWS_A_STEP = ["per_device_train_batch_size", "gradient_accumulation_steps"]
+LED_TO_BY = {  # entries that are not a flag's value: the flags that lead to them
+    "training rows": ["train_file", "dataset_name", *names_deciding(Arguments, ROWS)],
+    "warm-up steps": ["warmup_steps", "warmup_ratio"],
+    "steps of the schedule": ["max_steps", "num_train_epochs"],
+    "rows a step": ROWS_A_STEP,
+}
 
-def fingerprint(args, strategy, config, data, schedule):
+
+def fingerprint(args, config, data, schedule):
     """Return {what: value} of plain JSON values: flags declared as MATHEMATICS, and what the others lead to."""
     facts = {f"--{name}": getattr(args, name) for name in names_deciding(Arguments, MATHEMATICS)}
     model = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
@@ -13,4 +29,38 @@ def fingerprint(args, strategy, config, data, schedule):
     if args.lr_scheduler_type != "constant" or args.peft == "adalora":
         facts["steps of the schedule"] = schedule.max_steps  # a constant rate can be kept up for longer
     facts |= {"training rows": f"{data.digests['train']}, {len(data.rows['train'])} rows", "labels": data.labels}
-    return facts | {"strategy": strategy.summary, "processes": strategy.num_processes}
+    return facts | {"rows a step": schedule.rows_per_step}
+
+
+def layout(args, strategy):
+    """Return {what: value} of what changes where and how a run computes, and no number of it but for rounding."""
+    facts = {"strategy": strategy.stem, "processes": strategy.num_processes}
+    return facts | {name: getattr(args, name) for name in (*ROWS_A_STEP, "gradient_checkpointing", "loss_chunks")}
+
+
+def acceptable():
+    """Return the names that --accept_change may be given: flags a change of which another mathematics follows from."""
+    flags = [name for name in names_deciding(Arguments, MATHEMATICS) if name not in FIXED]
+    return sorted({*flags, *(name for names in LED_TO_BY.values() for name in names)})
+
+
+def compare(saved, present, accepted, folder):
+    """Return (lines of what is refused, lines of what is accepted) for two fingerprints; accepted: names of --accept_change."""
+    refused, changes = [], []
+    for name in sorted(saved.keys() | present.keys()):
+        was, now = saved.get(name), present.get(name)
+        flags = LED_TO_BY.get(name, [name.removeprefix("--")] if name.startswith("--") else [])
+        flags = [flag for flag in flags if flag not in FIXED]
+        if was == now:
+            continue
+        if set(flags) & set(accepted):
+            changes.append(f"{name} {was!r} -> {now!r}")
+            continue
+        line = f"{folder}: {name} was {was!r} and is {now!r}; go on with the same, or start over in another --output_dir"
+        refused.append(line + (f", or allow it: --accept_change {flags[0]}" if flags else ""))
+    return refused, changes
+
+
+def moved(saved, present):
+    """Return words for each entry of two layouts that differs."""
+    return [f"{name} {saved.get(name)} -> {value}" for name, value in present.items() if saved.get(name) != value]

@@ -22,7 +22,7 @@ from zerotune.plan.parameters import FROZEN, OPTIMIZER, WEIGHTS, optimizer_state
 from zerotune.plan.report import answer, gib, plan_lines
 from zerotune.plan.shapes import row_lengths
 from zerotune.rows.collation import TrainingSteps
-from zerotune.run.checkpoint import list_checkpoints, random_state, set_random_state
+from zerotune.run.checkpoint import list_checkpoints, newest_manifest
 from zerotune.run.profiling import memory_gib
 from zerotune.run.records import peak_memory, write_json
 
@@ -53,6 +53,36 @@ class Fit:
             words = [word for word in sys.argv[1:] if word != "--plan_only"]
             say("\n".join(plan_lines(self.planner, self.machine, words)[1]))
 
+    def keep_rows_a_step(self, say):
+        """Cut the step anew where a run goes on under the same flags with another number of processes; return the flags as given.
+
+        The same on every rank. UserError if the rows of a step cannot be shared out over the processes.
+        """
+        args, choice, problem, processes = self.args, None, None, self.accelerator.num_processes
+        given = [getattr(args, name) for name in CUT]
+        if self.accelerator.is_main_process and (saved := newest_manifest(args.output_dir, args.resume_from_checkpoint)):
+            rows, per_device = saved["fingerprint"]["rows a step"], given[0]
+            same_flags = given == saved["given_cut"] and not set(CUT) & set(args.accept_change)
+            if same_flags and rows != per_device * given[1] * processes:
+                if rows % processes:
+                    problem = f"a step of this run has {rows} rows; give a number of processes that divides it (given: {processes})"
+                else:
+                    rows_here = max(n for n in divisors(rows // processes) if n <= per_device)
+                    choice = dict(zip(CUT, (rows_here, rows // processes // rows_here), strict=True))
+        choice, problem = broadcast_object_list([choice, problem])
+        if problem:
+            raise UserError(problem)
+        if choice:
+            words = " x ".join(map(str, choice.values())), " x ".join(map(str, given))
+            say(f"batch: {words[0]} rows x accumulation in place of {words[1]}: as many rows a step as the run had before")
+            self.recut(choice)
+        return given
+
+    def recut(self, choice):
+        """Take up another micro-batch and accumulation, before the model is prepared."""
+        vars(self.args).update(choice)
+        self.strategy.cut_anew(self.accelerator, self.plugin, self.args, hidden_size(self.planner.config))
+
     def choose_cut(self, say):
         """Set the flags of the largest micro-batch that fits, for a step of as many rows; return what was chosen in place of what.
 
@@ -62,7 +92,7 @@ class Fit:
         args, choice, why, problem = self.args, None, "", None
         given = {name: getattr(args, name) for name in CUT}
         if self.accelerator.is_main_process:
-            choice, why = kept_cut(args), "as the run began"
+            choice, why = kept_cut(args, self.accelerator.num_processes), "as the run began"
             if choice is not None and LIMIT in os.environ:  # a smaller one would be another run; this one would be tried for ever
                 problem = f"micro-batches of {choice[CUT[0]]} rows, as the run began, do not fit here; go on with it where they do"
             elif choice is None:
@@ -77,8 +107,7 @@ class Fit:
             raise UserError(f"--auto_batch: {problem}")
         words = [" x ".join(map(str, rows.values())) for rows in (choice, given)]
         say(f"auto_batch: {words[0]} rows x accumulation in place of {words[1]}, the same step and losses: {why}")
-        vars(args).update(choice)
-        self.strategy.cut_anew(self.accelerator, self.plugin, args, hidden_size(self.planner.config))
+        self.recut(choice)
         return {"given": given, "chosen": choice, "why": why}
 
     def longest_batch(self, collator):
@@ -93,7 +122,7 @@ class Fit:
     def probe(self, model, optimizer, collator, forward_loss, say):
         """Run the largest micro-batch of the run forward and backward, and leave nothing of it.
 
-        Weights, optimizer, random states and the engine's counters are as they were; losses of the run are those without a trial.
+        Weights, optimizer and the engine's counters are as they were; losses of the run are those without a trial.
         With --auto_batch a batch that does not fit makes every rank start again with a smaller one.
         """
         shape, batch = self.longest_batch(collator)
@@ -120,16 +149,14 @@ class Fit:
         return torch.empty(size, dtype=torch.uint8, device=self.accelerator.device)
 
     def pass_over(self, batch, model, forward_loss):
-        """Run a batch forward and backward, with random numbers that are given back."""
+        """Run a batch forward and backward."""
         accelerator = self.accelerator
-        states = random_state()
         accelerator.sync_gradients = False
         with accelerator.no_sync(model):
             batch = send_to_device(dict(batch), accelerator.device)
             labels = batch.pop("labels")
             loss = forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
             accelerator.backward(loss, **({"scale_wrt_gas": False} if self.plugin else {}))
-        set_random_state(states)
 
     def start_smaller(self, error):
         """Take this process's place with a new one that tries a smaller micro-batch; for every rank, with --auto_batch.
@@ -195,12 +222,18 @@ def measured(accelerator, model, optimizer, host_before_model_gib):
     return {"weights": weights, "optimizer states": states, "the rest": total - weights - states, "total": total}
 
 
-def kept_cut(args):
-    """Return the micro-batch and accumulation that --auto_batch chose for the run that is gone on with here, None if it is none."""
+def kept_cut(args, num_processes):
+    """Return the micro-batch and accumulation that --auto_batch chose for the run that is gone on with here, None if it is none.
+
+    On another number of processes it would be another number of rows a step, and is chosen anew.
+    """
     run = Path(args.output_dir) / "run.json"
     if args.resume_from_checkpoint == "none" or not list_checkpoints(args.output_dir) or not run.exists():
         return None
-    before = json.loads(run.read_text())["arguments"]
+    content = json.loads(run.read_text())
+    before = content["arguments"]
+    if content["engine"]["num_processes"] != num_processes:
+        return None
     rows = before[CUT[0]] * before[CUT[1]]
     same = before.get("auto_batch") and rows == args.per_device_train_batch_size * args.gradient_accumulation_steps
     return {name: before[name] for name in CUT} if same else None

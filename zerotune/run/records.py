@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -70,6 +71,14 @@ def write_run(output_dir, content):
     with writable(output_dir):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         write_json(Path(output_dir) / "run.json", content)
+
+
+def legs(output_dir, step, layout, changes):
+    """Return run.json's list of a run's launches, this one last: where it began, when, how it is laid out and what changed."""
+    path = Path(output_dir) / "run.json"
+    before = json.loads(path.read_text()).get("legs", []) if step and path.exists() else []
+    leg = {"from_step": step, "started": datetime.now().astimezone().isoformat(timespec="seconds"), "machine": platform.node()}
+    return [*before, leg | {"strategy": layout["strategy"], "num_processes": layout["processes"], "changes": changes}]
 
 
 @contextlib.contextmanager
