@@ -80,9 +80,9 @@ def become_a_rank(flags, log, environment):
     os.chdir(ROOT)
     if environment.get("RANK", "0") == environment.get("LIMITED_RANK"):  # a test's: so much more memory and no more
         limit_memory(int(environment["LIMITED_BYTES"]))
-    sys.argv = ["train.py", *flags]
+    sys.argv = [environment.get("SCRIPT", "train.py"), *flags]
     try:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / environment.get("SCRIPT", "train.py")), run_name="__main__")
     except BaseException:
         traceback.print_exc()
     os._exit(1)

@@ -1,8 +1,8 @@
 """The state in a checkpoint: a file of safetensors for each rank, whose tensors are named by parameter and place.
 
 `weight/<first element>/<parameter>` is a run of elements of a flattened parameter in float32, `<state>/<first element>/<parameter>`
-the same elements of an optimizer state, and any number of processes under any strategy finds in them what it needs. A state that is
-not cut like its parameter (the scales of 8 bits) lies whole under `whole:<state>/<number>/<parameter or rank>`; where parameters are
+the same elements of an optimizer state; any number of processes under any strategy finds in them what it needs. A state that is not
+cut like its parameter (the scales of 8 bits) lies whole under `whole:<state>/<number>/<parameter or rank>`; where parameters are
 not whole it is of use to the same layout alone.
 """
 

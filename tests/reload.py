@@ -1,0 +1,27 @@
+"""train.py that saves what it has loaded, before its first step, into the folder <output_dir>_loaded: what a resume really has."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+import train  # noqa: E402
+from zerotune.run import checkpoint  # noqa: E402
+from zerotune.run.arguments import arguments_or_exit  # noqa: E402
+
+
+def main(args):
+    run = train.setup(args)
+    train.load_rows(run)
+    train.cut_steps(run)
+    train.load_model(run)
+    start = train.resume(run)
+    if run.found:
+        facts = run.manifest_facts | {"overflowed_steps": 0}
+        checkpoint.save(run.accelerator, run.model, run.optimizer, f"{args.output_dir}_loaded", start, 1, facts)
+    train.accompany(run, start)
+    train.end(run, train.train(run, start))
+
+
+if __name__ == "__main__":
+    main(arguments_or_exit())
