@@ -20,6 +20,7 @@ if __name__ == "__main__":
 # isort: split
 import math
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -320,7 +321,7 @@ def end(run, step):
         if "test" in data.rows:
             evaluator.write_predictions("test", evaluator.evaluate("test", step))
         run.monitor.watchdog.stop()
-        final = export(run.accelerator, run.model, run.tokenizer, run.args.output_dir, run.args)
+        final = export(run.accelerator, run.model, run.tokenizer, Path(run.args.output_dir) / "final", run.args)
         run.console.say(f"final: {final} loads with from_pretrained, weights compared")
     if stop := run.stopper.known:
         if saver.last_step != step:

@@ -1,11 +1,18 @@
 """A run goes on under another strategy, another number of processes, another cut: the same state, the same losses."""
 
+import json
 import shutil
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
+from safetensors.torch import load_file
 from state import state_hash
 
+from zerotune.run import manifest
 from zerotune.run.checkpoint import list_checkpoints
+from zerotune.run.state_files import SavedState
 
 OPTIONS = {
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 2,
@@ -52,3 +59,105 @@ def test_a_run_goes_on_in_any_layout(train, tiny, rows16, family):
     assert [(one["strategy"], one["num_processes"]) for one in told] == [(name or "single", count) for name, count in legs]
     assert [one["from_step"] for one in told] == list(range(0, 2 * len(legs), 2))
     assert f"processes {legs[0][1]} -> {legs[1][1]}" in told[1]["changes"]
+    if family != "llama":
+        check_export(leg, folder, tiny(family))
+
+
+def tool(*words):
+    command = [sys.executable, "-m", "zerotune", "checkpoint", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def check_export(run, folder, model):
+    """What the tool makes of the last checkpoint is the run's own final/; what it shows is the state; where it can't, a line."""
+    out = run.folder.with_name("exported")
+    done = tool("export", folder, out, "--model_name_or_path", model)
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (run.folder / "final").iterdir()}
+    assert {path.name for path in out.iterdir()} == names
+    (weights,) = [name for name in names if name.endswith(".safetensors")]
+    mine, final = load_file(out / weights), load_file(run.folder / "final" / weights)
+    assert mine.keys() == final.keys() and all(mine[name].equal(tensor) for name, tensor in final.items())
+    assert tool("export", folder, out).returncode == 2
+
+
+@pytest.mark.launch
+def test_a_checkpoint_is_shown_verified_and_exported(train, tiny, rows16, tmp_path):
+    options = OPTIONS | {"model_name_or_path": tiny("t5"), "train_file": rows16, "mixed_precision": "bf16", "freeze": "encoder"}
+    run = train("zero3", max_steps=2, **options)
+    ((_, folder),) = list_checkpoints(run.folder)
+    check_export(run, folder, tiny("t5"))
+    shown = json.loads(tool("show", folder, "--json").stdout)
+    assert shown["state_sha256"] == SavedState(folder).digest() and shown["step"] == 2 and shown["optimizer_steps"] == [2]
+    assert shown["layout"]["strategy"] == "zero3" and set(shown["states"]) == {"weight", "exp_avg", "exp_avg_sq"}
+    assert tool("verify", folder).returncode == 0
+    other = tool("export", folder, tmp_path / "other", "--model_name_or_path", tiny("t5", 0.1))
+    assert other.returncode == 0, other.stderr  # dropout is no weight
+    (folder / "state-00001.safetensors").unlink()
+    done = tool("verify", folder)
+    assert done.returncode == 1 and "state-00001.safetensors is missing" in done.stderr
+    done = tool("show", tmp_path)
+    assert done.returncode == 2 and "no checkpoint, as it has no manifest.json" in done.stderr
+
+
+@pytest.mark.launch
+def test_changes_are_accepted_by_name(train, tiny, rows16, tmp_path):
+    """Learning rate and rows of a step may change where that is said; the rows go on where they were."""
+    options = OPTIONS | {"model_name_or_path": tiny("t5"), "train_file": rows16, "save_total_limit": 9, "save_steps": 1}
+    train("ddp", max_steps=2, **options)  # 24 rows of epochs of 16
+    more = {"learning_rate": 1e-4, "gradient_accumulation_steps": 1, "max_steps": 4}
+    refused = train("ddp", check=False, **options | more)
+    assert refused.code == 2 and "--learning_rate was 0.001 and is 0.0001" in refused.output
+    assert "rows a step was 12 and is 4" in refused.output and "or allow it: --accept_change learning_rate" in refused.output
+    accept = {"accept_change": ["learning_rate", "gradient_accumulation_steps"]}
+    run = train("ddp", **options | more | accept)
+    assert "goes on with a change: --learning_rate 0.001 -> 0.0001; rows a step 12 -> 4" in run.output
+    assert [record["epoch"] for record in run.records("loss")] == [0.75, 1.5, 1.75, 2.0]
+    assert run.records("loss")[-1]["learning_rate"] == 1e-4
+    assert manifest.read(run.folder / "checkpoint-4")["row_offset"] == 24 - 8
+    again = train("ddp", **options | more | accept | {"max_steps": 5})
+    assert "goes on with" not in again.output and again.run["legs"][-1]["from_step"] == 4
+    lines = [line for leg in again.run["legs"] for line in leg["changes"]]
+    assert "rows a step 12 -> 4" in lines and len(again.run["legs"]) == 3
+    for words, message in (
+        ({"accept_change": "learning_rat"}, "no change that can be accepted (did you mean learning_rate, "),
+        ({"accept_change": "freeze"}, "--accept_change freeze: no change that can be accepted"),
+        (accept | {"freeze": "encoder"}, "--freeze was [] and is ['encoder']; go on with the same, or start over"),
+    ):
+        refused = train("ddp", check=False, **options | more | words)
+        assert refused.code == 2 and message in refused.output, refused.output
+
+
+@pytest.mark.launch
+def test_what_cannot_go_on_elsewhere_is_named(train, tiny, rows16):
+    """Steps that cannot be shared out, and 8-bit states, whose blocks ZeRO cuts by its ranks; DDP's go on alone."""
+    options = OPTIONS | {"model_name_or_path": tiny("t5"), "train_file": rows16, "max_steps": 2}
+    train("ddp", **options)
+    refused = train("ddp", 5, check=False, **options | {"max_steps": 3})
+    assert (
+        refused.code == 2
+        and "a step of this run has 12 rows; give a number of processes that divides it (given: 5)" in refused.output
+    )
+    options |= {"optim": "adamw_bnb_8bit"}
+    import transformers as t
+
+    model = t.AutoModelForSeq2SeqLM.from_pretrained(tiny("t5"))
+    model.resize_token_embeddings(256)  # 8192 elements: smaller tensors keep states of 32 bits
+    wide = tiny("t5").with_name("t5_256")
+    model.save_pretrained(wide)
+    t.AutoTokenizer.from_pretrained(tiny("t5")).save_pretrained(wide)
+    options |= {"model_name_or_path": wide}
+    straight = train("ddp", name="straight", **options | {"max_steps": 4})
+    train("ddp", name="bits", **options)
+    assert list(SavedState(straight.folder / "checkpoint-4").whole)
+    alone = train(None, name="bits", **options | {"max_steps": 4})
+    for mine, other in zip(alone.records("loss"), straight.records("loss"), strict=True):
+        assert (
+            abs(mine["loss"] - other["loss"]) <= 1e-3 * other["loss"]
+        )  # a rounding may move a state to the next of its 256 values
+    for steps in (2, 4):
+        groups = train("zero2", name="groups", check=False, **options | {"max_steps": steps})
+        assert groups.code == 0 and groups.run["engine"]["base_optimizer"] == "AdamW8bit", groups.output
+    assert groups.run["resumed_from"]
+    refused = train(None, name="groups", check=False, **options | {"max_steps": 6})
+    assert refused.code == 2 and "of its optimizer is in blocks that this layout does not have" in refused.output

@@ -12,8 +12,20 @@ from pathlib import Path
 from typing import Literal
 
 from zerotune.engine.ending import exit_with
-from zerotune.errors import UserError
-from zerotune.flags import BELOW_ONE, CONTENT, HARMLESS, MATHEMATICS, NOT_NEGATIVE, POSITIVE, ROWS, SHARE, flag, out_of_range
+from zerotune.errors import UserError, nearest
+from zerotune.flags import (
+    BELOW_ONE,
+    CONTENT,
+    HARMLESS,
+    MATHEMATICS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    ROWS,
+    SHARE,
+    flag,
+    names_deciding,
+    out_of_range,
+)
 from zerotune.run.parsing import parse
 
 POSITIVE_OR_MINUS_ONE = (lambda value: value == -1 or value > 0, "must be greater than 0, or -1")
@@ -309,6 +321,25 @@ def check_savers(args):
     return problems
 
 
+# Flags that decide which parameters and optimizer states there are: a checkpoint has nothing to go on from with another value.
+FIXED = (
+    "task freeze unfreeze peft lora_r lora_alpha target_modules modules_to_save num_virtual_tokens trainable_tokens quantize "
+    "double_quant optim"
+).split()
+LED_TO_BY = {  # what is compared on resume and is no flag's value: the flags that lead to it
+    "training rows": ["train_file", "dataset_name", *names_deciding(DataArguments, ROWS)],
+    "warm-up steps": ["warmup_steps", "warmup_ratio"],
+    "steps of the schedule": ["max_steps", "num_train_epochs"],
+    "rows a step": ["per_device_train_batch_size", "gradient_accumulation_steps"],
+}
+
+
+def acceptable():
+    """Return the names that --accept_change may be given: flags from a change of which another mathematics follows."""
+    flags = [name for name in names_deciding(Arguments, MATHEMATICS) if name not in FIXED]
+    return sorted({*flags, *(name for names in LED_TO_BY.values() for name in names)})
+
+
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 
@@ -341,6 +372,12 @@ def check_arguments(args, required=tuple(REQUIRED)):
         if path:
             need(os.access(path, os.R_OK) and Path(path).is_file(), f"--{name} {path}: no such file, or not readable")
             need(Path(path).suffix in DATA_SUFFIXES, f"--{name} {path}: the ending must be one of {' '.join(DATA_SUFFIXES)}")
+    allowed = acceptable()
+    problems += [
+        f"--accept_change {name}: no change that can be accepted{nearest(name, allowed)}; allowed: {', '.join(allowed)}"
+        for name in args.accept_change
+        if name not in allowed
+    ]
     need(not args.loss_chunks or args.task != "classification", "--loss_chunks: a classifier has no logits of a vocabulary")
     need(bool(args.source_lang) == bool(args.target_lang), "--source_lang and --target_lang go together; give both or none")
     need(not (args.warmup_ratio and args.warmup_steps), "--warmup_ratio and --warmup_steps are both given; give one")

@@ -15,16 +15,15 @@ from zerotune.model.loading import AUTO_CLASSES
 from zerotune.run.autopsy import is_out_of_memory
 
 
-def export(accelerator, model, tokenizer, output_dir, args):
-    """Write output_dir/final from any strategy (ZeRO-3's shards are gathered) and return its path.
+def export(accelerator, model, tokenizer, final, args):
+    """Write the folder `final` from any strategy (ZeRO-3's shards are gathered) and return it.
 
-    With --peft it holds the adapter alone, and with --merge_adapter output_dir/merged the whole model.
+    With --peft it holds the adapter alone, and with --merge_adapter the folder merged/ beside it the whole model.
 
     The weights have the training precision: float32, or bf16/fp16 under DeepSpeed. The main process loads the folder as a user
     would and compares every tensor bit by bit. RunError, on every rank, if that fails or the disk is full; an earlier final/ stays.
     """
-    final, errors = Path(output_dir) / "final", []
-    written = final
+    errors, written = [], final
     temporary = Path(f"{final}.tmp")
     inner = unwrap(model)
     if args.peft:

@@ -3,22 +3,9 @@
 Another mathematics is refused unless the change is accepted by name; another layout is gone on with and said.
 """
 
-from zerotune.flags import MATHEMATICS, ROWS, names_deciding
-from zerotune.run.arguments import Arguments
+from zerotune.flags import MATHEMATICS, names_deciding
+from zerotune.run.arguments import FIXED, LED_TO_BY, Arguments
 from zerotune.run.records import sha256_of
-
-# Flags that decide which parameters and states there are: a checkpoint has nothing to go on from with another value.
-FIXED = (
-    "task freeze unfreeze peft lora_r lora_alpha target_modules modules_to_save num_virtual_tokens trainable_tokens quantize "
-    "double_quant optim"
-).split()
-ROWS_A_STEP = ["per_device_train_batch_size", "gradient_accumulation_steps"]
-LED_TO_BY = {  # entries that are not a flag's value: the flags that lead to them
-    "training rows": ["train_file", "dataset_name", *names_deciding(Arguments, ROWS)],
-    "warm-up steps": ["warmup_steps", "warmup_ratio"],
-    "steps of the schedule": ["max_steps", "num_train_epochs"],
-    "rows a step": ROWS_A_STEP,
-}
 
 
 def fingerprint(args, config, data, schedule):
@@ -35,13 +22,7 @@ def fingerprint(args, config, data, schedule):
 def layout(args, strategy):
     """Return {what: value} of what changes where and how a run computes, and no number of it but for rounding."""
     facts = {"strategy": strategy.stem, "processes": strategy.num_processes}
-    return facts | {name: getattr(args, name) for name in (*ROWS_A_STEP, "gradient_checkpointing", "loss_chunks")}
-
-
-def acceptable():
-    """Return the names that --accept_change may be given: flags a change of which another mathematics follows from."""
-    flags = [name for name in names_deciding(Arguments, MATHEMATICS) if name not in FIXED]
-    return sorted({*flags, *(name for names in LED_TO_BY.values() for name in names)})
+    return facts | {name: getattr(args, name) for name in (*LED_TO_BY["rows a step"], "gradient_checkpointing", "loss_chunks")}
 
 
 def compare(saved, present, accepted, folder):
