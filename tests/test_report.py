@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -240,6 +241,7 @@ def test_an_axis_of_one_value_and_of_many_sizes():
     for value in (0.0, 2.0, -2.0, 1e-7):
         axis = charts.Axis([value], 0, 100, may_be_log=True)
         assert 0 <= axis(value) <= 100 and len(axis.ticks) >= 2
+    assert charts.Axis([0.0], 0, 100, from_zero=True).low == 0
     axis = charts.Axis([1.0, 1.1, 1.2, 5000.0], 0, 100, may_be_log=True)
     assert axis.log and axis(1.0) == 0 and axis(10_000.0) == 100
     assert not charts.Axis([0.0, 1.0, 1.1, 5000.0], 0, 100, may_be_log=True).log
@@ -376,7 +378,8 @@ def test_a_killed_and_resumed_run_shows_it(train, tiny, rows16, tmp_path):
     }  # fmt: skip
     folder = tmp_path / "run"
     command = [sys.executable, "train.py", *flags_of(options | {"output_dir": folder})]
-    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    run = subprocess.Popen(command, cwd=ROOT, **quiet)
     try:
         while '"step": 50,' not in (records := read_if_there(folder / "metrics.jsonl")):
             assert run.poll() is None, records

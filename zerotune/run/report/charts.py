@@ -114,9 +114,8 @@ class Axis:
             if from_zero:
                 low = min(0.0, low)
             if high - low < 1e-9 * max(abs(high), abs(low), 1e-12):  # one value: room around it
-                low, high = (
-                    (0.0, high * 2) if high > 0 and from_zero else (low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1))
-                )
+                room = abs(high) or 1
+                low, high = low - (0 if from_zero else room), high + room
             elif may_be_log:
                 high, low = high + 0.04 * (high - low), low if from_zero else low - 0.04 * (high - low)
             self.ticks = ticks(low, high)

@@ -78,7 +78,7 @@ def evaluation_charts(records, marks):
     ):
         series = [Series(name, curves[name], colour, dots=True) for colour, name in enumerate(chosen)]
         title = "Evaluation scores" if len(chosen) > 1 else f"Evaluation: {''.join(chosen)}"
-        charts += [Chart(key, title, unit, series, marks)] if series else []
+        charts += [Chart(key, title, unit, series, marks, from_zero=key == "scores")] if series else []
     return charts
 
 
