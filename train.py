@@ -327,6 +327,7 @@ def end(run, step):
         if saver.last_step != step:
             saver.save(step)
         run.console.say(f"stopped by signal {stop} after step {step}; the same command goes on from the newest checkpoint")
+    run.monitor.draw(ended=True)
     run.accelerator.wait_for_everyone()
     for tracker in run.accelerator.trackers:
         tracker.finish()

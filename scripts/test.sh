@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up and run the tests: `bash scripts/test.sh`; in under a minute, without training runs: `bash scripts/test.sh --quick`.
-# Tests marked gpu run where there is CUDA, those marked nvme where there is libaio. Further words go to pytest.
+# Tests marked gpu run where there is CUDA, those marked nvme where there is libaio, browser where there is chromium. Further words go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "nvme" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if not os.environ.get("CI") and not shutil.which("chromium"):
+        for item in items:
+            if "browser" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no chromium; Debian: apt install chromium"))
 
 
 def nvme_lacks():

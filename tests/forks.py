@@ -100,6 +100,7 @@ def import_libraries():
     import bitsandbytes  # noqa: F401
     import deepspeed  # noqa: F401
     import evaluate  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
     import peft  # noqa: F401
     import transformers
 

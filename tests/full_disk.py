@@ -44,6 +44,7 @@ def fill(strategy, folder, flags, files, index):
     before += sum(size for _, size in files[:index]) + files[index][1] // (2 * PAGE) * PAGE  # whole pages of half the file
     records = pages((folder / "measure" / "run.json").stat().st_size) + PAGE  # metrics.jsonl has one page by then
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={before + records}", "tmpfs", disk], check=True)
+    (disk / "run" / "report.html").mkdir(parents=True)  # no page can be written there, whose size would have to be foreseen here
     try:
         with open(folder / "log", "w") as log:
             start(strategy, disk / "run", flags, log).wait(timeout=300)

@@ -12,6 +12,7 @@ TOOLS = {  # name: (module with a main(words), what it does)
     "benchmark": ("benchmark.main", "measure train.py over strategies, flags and batches, or beside Hugging Face's Trainer"),
     "check": ("check", "check a launch (YAML, DeepSpeed JSON, flags, files) without starting it"),
     "checkpoint": ("checkpoint", "show a checkpoint and the hash of its state, verify it, export a model from it"),
+    "compare": ("compare", "draw several runs in one page, with a table of their differences in flags and results"),
     "demo": ("demo", "make the quickstart's model and rows, or report its runs"),
     "doctor": ("doctor.main", "check machine, configuration and numbers of a launch: fine, will hurt, will fail, with the fix"),
     "hardware": ("hardware", "print the peak FLOP/s of this machine's device, of which MFU is a share"),

@@ -1,4 +1,5 @@
-"""In: a command line. Out: the run directory: run.json, metrics.jsonl, checkpoints, predictions, final/.
+"""In: a command line. Out: the run directory: run.json, metrics.jsonl, checkpoints, predictions, final/, report.html.
 
-Flags, records, evaluation, checkpoints with their manifests, export. What compares or measures several runs belongs in tools/.
+Flags, records, evaluation, checkpoints with their manifests, export, the report of a run. What compares or measures several runs
+belongs in tools/.
 """

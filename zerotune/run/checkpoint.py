@@ -242,4 +242,5 @@ class Saver:
                 "warning: a save takes more than half of --hang_timeout_seconds, after which it would count as a stall"
             )
         monitor.write({"step": step, **saved})
+        monitor.draw()
         self.last_step = step

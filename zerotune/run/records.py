@@ -188,9 +188,13 @@ class Metrics:
     def __init__(self, output_dir, console, accelerator, step):
         """step: where the run starts; records of later steps, from a run that was cut off, are taken out of the file."""
         self.path, self.console, self.accelerator = Path(output_dir) / "metrics.jsonl", console, accelerator
+        self.cut_off_at_step = None  # the last step of the run before that is known of, if it is to be taken again
         if accelerator.is_main_process:
             with writable(output_dir):
-                kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= step] if self.path.exists() else []
+                lines = self.path.read_text().splitlines() if self.path.exists() else []
+                kept = [line for line in lines if step_of(line) <= step]
+                later = [step_of(line) for line in lines if step < step_of(line) < float("inf")]
+                self.cut_off_at_step = max(later, default=None)
                 temporary = Path(f"{self.path}.tmp")
                 temporary.write_text("".join(line + "\n" for line in kept))
                 os.replace(temporary, self.path)
