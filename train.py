@@ -58,6 +58,7 @@ from zerotune.run.fingerprint import fingerprint, layout
 from zerotune.run.fit import Fit
 from zerotune.run.guard import Guard
 from zerotune.run.monitor import Monitor
+from zerotune.run.saving import Saver
 
 
 def main(args):
@@ -246,7 +247,7 @@ def accompany(run, start):
     place = accelerator.num_processes, accelerator.process_index, run.schedule.row_offset
     run.training_steps = TrainingSteps(run.data, run.collator, args, *place)
     run.monitor = Monitor(accelerator, model, optimizer, args, run.schedule, run.console, counts, start)
-    run.saver = checkpoint.Saver(accelerator, model, optimizer, args, run.manifest_facts, counts, run.monitor)
+    run.saver = Saver(accelerator, model, optimizer, args, run.manifest_facts, counts, run.monitor)
     run.guard = Guard(accelerator, model, optimizer, args, run.monitor, run.saver, run.training_steps.lines_of_step)
     run.stopper = stopping.Stopper()
     given = accelerator, model, run.data, run.collator, run.tokenizer, args, forward_loss, run.metrics
@@ -297,8 +298,9 @@ def train(run, start):
         if due(args.eval_steps, step) and "validation" in run.data.rows:
             with suppress(stopping.Interrupted):
                 run.evaluator.evaluate("validation", step)
-        stop = run.stopper.agreed()
-        if stop or due(args.save_steps, step, run.schedule.max_steps):
+        stop = run.stopper.agreed(run.saver.time_is_up())
+        run.saver.tell()
+        if stop or run.stopper.wished or due(args.save_steps, step, run.schedule.max_steps):
             run.saver.save(step)
         if stop:
             break
@@ -326,7 +328,9 @@ def end(run, step):
     if stop := run.stopper.known:
         if saver.last_step != step:
             saver.save(step)
+        saver.wait()
         run.console.say(f"stopped by signal {stop} after step {step}; the same command goes on from the newest checkpoint")
+    saver.wait()
     run.monitor.draw(ended=True)
     run.accelerator.wait_for_everyone()
     for tracker in run.accelerator.trackers:

@@ -6,7 +6,6 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import train  # noqa: E402
-from zerotune.run import checkpoint  # noqa: E402
 from zerotune.run.arguments import arguments_or_exit  # noqa: E402
 
 
@@ -17,8 +16,11 @@ def main(args):
     train.load_model(run)
     start = train.resume(run)
     if run.found:
-        facts = run.manifest_facts | {"overflowed_steps": 0}
-        checkpoint.save(run.accelerator, run.model, run.optimizer, f"{args.output_dir}_loaded", start, 1, facts)
+        train.accompany(run, start)
+        args.output_dir += "_loaded"
+        run.saver.save(start)
+        run.saver.wait()
+        args.output_dir = args.output_dir.removesuffix("_loaded")
     train.accompany(run, start)
     train.end(run, train.train(run, start))
 

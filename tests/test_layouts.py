@@ -25,7 +25,7 @@ LEGS = [
 ]  # fmt: skip
 MODELS = {  # family: (flags, legs)
     "t5": ({"freeze": "encoder"}, LEGS),
-    "llama": ({"task": "causal"}, LEGS[1:5]),
+    "llama": ({"task": "causal"}, [LEGS[-1], LEGS[7], LEGS[3], LEGS[4]]),
     "gpt2": ({"task": "causal", "peft": "lora", "target_modules": "all-linear", "gradient_checkpointing": "true"}, LEGS[5:]),
 }
 # Float32 sums in another order: the losses of these runs differ by some 1e-7; smooth activations and 20 steps amplify nothing.
@@ -126,6 +126,37 @@ def test_changes_are_accepted_by_name(train, tiny, rows16, tmp_path):
     ):
         refused = train("ddp", check=False, **options | more | words)
         assert refused.code == 2 and message in refused.output, refused.output
+
+
+@pytest.mark.launch
+def test_saves_behind_the_training(train, tiny, rows16, tmp_path):
+    """By the clock as well as by steps; where copies do not fit into the memory that is left, the training waits instead."""
+    import transformers as t
+
+    model = t.AutoModelForSeq2SeqLM.from_pretrained(tiny("t5"))
+    model.resize_token_embeddings(500_000)  # 64 MB, with its moments 192 MB to copy
+    wide = tmp_path / "wide"
+    model.save_pretrained(wide)
+    t.AutoTokenizer.from_pretrained(tiny("t5")).save_pretrained(wide)
+    (tmp_path / "short.jsonl").write_text(json.dumps({"source": "w1", "target": "w2"}) + "\n")
+    options = {"model_name_or_path": wide, "train_file": tmp_path / "short.jsonl", "per_device_train_batch_size": 1}
+    limits = {"LIMITED_RANK": "0", "LIMITED_BYTES": str(480 << 20), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    runs = {}
+    for name, environment, words in (
+        ("behind", {}, "behind the training"),
+        ("waits", limits, "while it waits, as they do not fit"),
+    ):
+        runs[name] = train(None, name=name, environment=environment, max_steps=2, save_steps=1, **options)
+        assert words in runs[name].output and runs[name].output.count("are copied to host memory") == 1
+        saved = runs[name].records("checkpoint_bytes")
+        assert [record["step"] for record in saved] == [1, 2]
+        assert all(record["save_seconds"] > 0 and record["save_stall_seconds"] > 0 for record in saved)
+    hashes = {state_hash(run.folder / "checkpoint-2") for run in runs.values()}
+    assert len(hashes) == 1
+    options |= {"model_name_or_path": tiny("t5"), "train_file": rows16, "save_total_limit": 99}
+    timed = train("zero2", name="timed", max_steps=60, save_steps=0, save_every_seconds=0.05, **options)
+    steps = [step for step, _ in list_checkpoints(timed.folder)]
+    assert len(steps) > 2 and manifest.verify(timed.folder / f"checkpoint-{steps[0]}")[1] == []
 
 
 @pytest.mark.launch

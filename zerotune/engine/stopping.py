@@ -29,6 +29,7 @@ class Stopper:
 
     def __init__(self):
         self.received, self.received_at, self.known = 0, 0.0, 0
+        self.wished = False
         # On GPUs the agreement goes through a group of its own on the CPU: it waits for no kernel.
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if several else None
@@ -50,13 +51,16 @@ class Stopper:
             if not self.received and number in SIGNALS:
                 self.received, self.received_at = number, time.monotonic()
 
-    def agreed(self):
-        """Return the number of a signal that any rank has got, 0 if none; a collective, until one is known."""
+    def agreed(self, wish=False):
+        """Return the number of a signal that any rank has got, 0 if none; a collective, until one is known.
+
+        wish: whatever else a rank wants; `wished` then tells, on all ranks, whether any wanted it.
+        """
         if not self.known:
-            flag = torch.tensor([self.received])
+            flags = torch.tensor([self.received, int(wish)])
             if self.group is not None:
-                dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-            self.known = int(flag)
+                dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
+            self.known, self.wished = int(flags[0]), bool(flags[1])
         return self.known
 
     def interrupt(self):

@@ -5,10 +5,12 @@ total, a little under what is sold. Links are bytes a second and direction: betw
 the host.
 """
 
+import contextlib
 import os
 import re
 import resource
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -102,6 +104,23 @@ def host_bytes():
         if word.isdigit():
             total = min(total, int(word))
     return total
+
+
+def free_host_bytes():
+    """Return the memory that this process could still take: what the machine, its container and its own limit leave, in bytes."""
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError, StopIteration):
+            folder = Path("/sys/fs/cgroup")
+            statistics = (folder / used).with_name("memory.stat").read_text().splitlines()
+            reclaimable = next(int(line.split()[1]) for line in statistics if line.startswith(f"{cache} "))
+            free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()) + reclaimable)
+    own = process_bytes()
+    return max(0, free if own is None else min(free, own))
 
 
 def process_bytes():

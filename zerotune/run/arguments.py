@@ -205,6 +205,13 @@ class RunArguments:
     save_steps: int = flag(
         500, "Optimizer steps between checkpoints, and one at the end; 0: none.", HARMLESS, range=NOT_NEGATIVE, unit="steps"
     )
+    save_every_seconds: float = flag(
+        0.0,
+        "Save as well when so long has passed since the last checkpoint; 0: by steps alone.",
+        HARMLESS,
+        range=NOT_NEGATIVE,
+        unit="seconds",
+    )
     save_total_limit: int = flag(2, "Newest checkpoints kept.", HARMLESS, range=POSITIVE, unit="checkpoints")
     resume_from_checkpoint: str = flag(
         "auto",

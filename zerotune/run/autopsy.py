@@ -30,6 +30,7 @@ PHASES = {  # functions, by name, and what goes on in them; the innermost one co
     "evaluate": "an evaluation",
     "generate": "generating",
     "save": "a save",
+    "write_checkpoint": "a save",
     "export": "the export",
 }
 WORDS = (

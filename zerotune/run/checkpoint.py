@@ -1,24 +1,19 @@
-"""Checkpoints of a run: complete and verified, or not there at all; and where to go on from.
+"""Where a run goes on from: its newest whole checkpoint, in the layout that it finds itself in. saving.py writes them.
 
-A save writes checkpoint-<step>.tmp, every rank one file (state_files.py); when all ranks have succeeded and every file is on the
-disk, the manifest is written and the folder renamed; older checkpoints go only then. A kill leaves a .tmp folder that the next save
-removes; a full disk costs this save and nothing else. No random states are saved: what is random in a step follows from its number.
+No random states are in them: what is random in a step follows from its number.
 """
 
 import contextlib
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
-from zerotune.engine.deepspeed_config import uses_nvme
-from zerotune.engine.pieces import scaler_state, set_scaler_state
+from zerotune.engine.pieces import set_scaler_state
 from zerotune.errors import UserError
 from zerotune.run import manifest, state_files
-from zerotune.run.autopsy import is_out_of_memory
 from zerotune.run.export import repair
 from zerotune.run.fingerprint import compare, moved
 
@@ -30,89 +25,6 @@ def list_checkpoints(output_dir):
     """Return [(step, folder)] of the folders named checkpoint-<step>, oldest first; names are given to finished saves alone."""
     folders = ((FOLDER.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*") if path.is_dir())
     return sorted((int(match[1]), path) for match, path in folders if match)
-
-
-# ---- saving ----------------------------------------------------------------------------------------------------------
-
-
-def save(accelerator, model, optimizer, output_dir, step, save_total_limit, facts):
-    """Write and commit checkpoint-<step>; return {"checkpoint_bytes", "save_seconds"}, or {"save_failed": why} after a failure.
-
-    facts: what goes into the manifest beside the files: fingerprint, layout, versions, frozen weights.
-    A failure (a full disk, say) on any rank removes the temporary folder and keeps every older checkpoint.
-    """
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and uses_nvme(plugin.deepspeed_config):  # also after a signal, where --save_steps 0 does not count
-        return {"save_failed": "states on NVMe are not saved: DeepSpeed does not restore them"}
-    begin, errors, files = time.perf_counter(), [], {}
-    folder = Path(output_dir) / f"checkpoint-{step}"
-    temporary = Path(f"{folder}.tmp")
-    if accelerator.is_main_process:
-        with noting(errors):
-            for leftover in Path(output_dir).glob("checkpoint-*.tmp"):
-                shutil.rmtree(leftover)
-            temporary.mkdir(parents=True)
-    if not (failed := agree(errors)):
-        with noting(errors):
-            name = state_files.file_name(accelerator.process_index)
-            files[name] = state_files.write(temporary / name, *state_files.tensors_to_save(accelerator, model, optimizer))
-        files = dict(gather_object(list(files.items())))
-        failed = agree(errors)
-    if not failed and accelerator.is_main_process:
-        with noting(errors):
-            content = facts | {"format": FORMAT, "step": step, "files": files, "scaler": scaler_state(accelerator, optimizer)}
-            commit(temporary, folder, content, save_total_limit)
-    if failed := failed or agree(errors):
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return {"save_failed": "; ".join(failed)}
-    return {"checkpoint_bytes": sum(f["bytes"] for f in files.values()), "save_seconds": round(time.perf_counter() - begin, 3)}
-
-
-@contextlib.contextmanager
-def noting(errors):
-    """Turn an exception into an entry of `errors`, for ranks that must meet again in `agree`."""
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):  # explained by this rank, which ends the others
-            raise
-        errors.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-
-
-def agree(errors):
-    """Return the errors of all ranks, the same on each; a collective."""
-    return gather_object(list(errors))
-
-
-def commit(temporary, folder, content, save_total_limit):
-    """Give a fully written folder its name, and remove the oldest checkpoints beyond the limit."""
-    manifest.write(temporary, content)
-    for path in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
-        manifest.sync(path)
-    replaced = Path(f"{folder}.replaced.tmp")
-    if folder.exists():  # after going on from an older checkpoint by hand
-        os.rename(folder, replaced)
-    os.rename(temporary, folder)
-    manifest.sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-    kept = {folder, *(path for _, path in list_checkpoints(folder.parent)[-save_total_limit:])}
-    for _, old in list_checkpoints(folder.parent):
-        if old not in kept:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def space_warning(output_dir):
-    """Return a line of warning if the disk has less room than the newest checkpoint took, else None."""
-    found = list_checkpoints(output_dir)
-    if not found:
-        return None
-    last = sum(path.stat().st_size for path in found[-1][1].rglob("*") if path.is_file())
-    free = shutil.disk_usage(output_dir).free
-    return f"warning: {free:,} bytes are free in {output_dir}, but a checkpoint takes {last:,}" if free < last else None
-
-
-# ---- resuming --------------------------------------------------------------------------------------------------------
 
 
 def check_request(output_dir, resume_from_checkpoint, overwrite_output_dir):
@@ -219,28 +131,3 @@ def open_folder(output_dir, anew):
         return
     for path in [*Path(output_dir).glob("checkpoint-*"), Path(output_dir) / "metrics.jsonl"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-class Saver:
-    """Saves the run's state under a step's number and writes a record of it."""
-
-    def __init__(self, accelerator, model, optimizer, args, facts, counts, monitor):
-        """facts: what the manifests hold beside the files; counts: {name: count} so far, which they carry too."""
-        self.accelerator, self.model, self.optimizer, self.args = accelerator, model, optimizer, args
-        self.facts, self.counts, self.monitor = facts, counts, monitor
-        self.last_step = None  # of the newest save
-
-    def save(self, step):
-        args, monitor = self.args, self.monitor
-        if warning := self.accelerator.is_main_process and space_warning(args.output_dir):
-            monitor.console.say(warning)
-        with monitor.paused():
-            facts = self.facts | self.counts
-            saved = save(self.accelerator, self.model, self.optimizer, args.output_dir, step, args.save_total_limit, facts)
-        if saved.get("save_seconds", 0) > args.hang_timeout_seconds / 2:
-            monitor.console.say(
-                "warning: a save takes more than half of --hang_timeout_seconds, after which it would count as a stall"
-            )
-        monitor.write({"step": step, **saved})
-        monitor.draw()
-        self.last_step = step

@@ -50,6 +50,7 @@ class Guard:
         self.monitor.write({"step": step, "bad_step": "non-finite loss or gradient; weights unchanged", "train_file_lines": lines})
         if self.bad_steps == self.args.max_bad_steps:
             self.saver.save(step - self.bad_steps)
+            self.saver.wait()
             raise RunError(f"step {step}: {self.bad_steps} bad steps in a row; the last good state is saved, see metrics.jsonl")
 
 
