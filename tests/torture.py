@@ -2,10 +2,10 @@
 
     .venv/bin/python tests/torture.py --out docs/torture.json
 
-Each kill is a SIGKILL of one rank at a random moment of training; saves are so frequent that many fall into the write of one behind
-the training. Demanded: the same bits in the end, at most one save interval and the save being written lost by each kill, nothing
-repaired by hand. In the campaign "any" each start has another strategy and number of processes, and losses agree within BOUND. tests/test_checkpoint.py runs a
-short form.
+Each kill is a SIGKILL of one rank at a random moment of training; saves are so frequent that many fall into the write of one.
+Demanded: the same bits in the end, at most one save interval and the save being written lost by a kill, nothing repaired by hand.
+In the campaign "any" each start has another strategy and number of processes, and losses agree within BOUND.
+tests/test_checkpoint.py runs a short form.
 """
 
 import argparse

@@ -123,6 +123,13 @@ def free_host_bytes():
     return max(0, free if own is None else min(free, own))
 
 
+def given_back():
+    """Return how much more memory this process has held before than now, in bytes: the next step takes it again."""
+    with open("/proc/self/status") as file:
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if line.startswith(("VmHWM", "VmRSS"))}
+    return max(0, sizes["VmHWM"] - sizes["VmRSS"])
+
+
 def process_bytes():
     """Return how much more memory this process may take by its own limit (ulimit -d), in bytes; None if there is no such limit."""
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]

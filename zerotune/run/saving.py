@@ -18,13 +18,13 @@ import torch.distributed as dist
 from zerotune.engine import processes
 from zerotune.engine.deepspeed_config import uses_nvme
 from zerotune.engine.pieces import scaler_state
-from zerotune.plan.machine import free_host_bytes
+from zerotune.plan.machine import free_host_bytes, given_back
 from zerotune.run import manifest, state_files
 from zerotune.run.autopsy import is_out_of_memory
 from zerotune.run.checkpoint import FORMAT, list_checkpoints
 
 GIB = 1 << 30
-ROOM = 0.8  # of the free host memory, which copies may take; the rest is the writes' own, and whatever comes
+ROOM = 0.8  # of the host memory that is left, which copies may take; the rest is the writes' own, and whatever comes
 
 
 class Saver:
@@ -75,11 +75,11 @@ class Saver:
 
     def has_room(self, size):
         """Tell whether copies of `size` bytes on each process of this machine fit into its memory; say so once."""
-        copies, free = size * (1 + len(processes.neighbours())), free_host_bytes()
-        fits = copies <= ROOM * free
+        here, free = 1 + len(processes.neighbours()), free_host_bytes() - given_back()
+        fits = size * here <= ROOM * free
         if not self.told:
             words = (
-                f"saves: {copies / GIB:.3f} GiB a node are copied to host memory, where {free / GIB:.1f} GiB are free, and written"
+                f"saves: {size * here / GIB:.3f} GiB a node are copied to host memory ({max(0, free) / GIB:.3f} free) and written"
             )
             self.monitor.console.say(f"{words} {'behind the training' * fits or 'while it waits, as they do not fit'}")
         self.told = True
