@@ -23,20 +23,24 @@ LEGS = [
     ("zero2", 2), ("ddp", 3), ("zero3", 2), (None, 1), ("zero1", 4), ("zero3_offload", 2), ("zero2", 1), ("zero3", 3),
     ("zero2_offload", 2), ("ddp", 2),
 ]  # fmt: skip
-MODELS = {  # family: (flags, legs)
+MODELS = {  # name, which begins with the family's: (flags, legs)
     "t5": ({"freeze": "encoder"}, LEGS),
     "llama": ({"task": "causal"}, [LEGS[-1], LEGS[7], LEGS[3], LEGS[4]]),
     "gpt2": ({"task": "causal", "peft": "lora", "target_modules": "all-linear", "gradient_checkpointing": "true"}, LEGS[5:]),
+    "t5 in 16 bits": ({"mixed_precision": "bf16"}, [LEGS[0], LEGS[2], LEGS[-1]]),
 }
 # Float32 sums in another order: the losses of these runs differ by some 1e-7; smooth activations and 20 steps amplify nothing.
 BOUND = 1e-5
+# A number of bf16 is rounded by up to 2^-9, in other places under each engine: DDP rounds inside its operations and keeps weights and
+# norms in float32, ZeRO rounds weights and activations alike. This is eight of them in one direction; some 3e-4 are seen.
+BOUND_16_BITS = 2**-6
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("family", MODELS)
-def test_a_run_goes_on_in_any_layout(train, tiny, rows16, family):
+@pytest.mark.parametrize("name", MODELS)
+def test_a_run_goes_on_in_any_layout(train, tiny, rows16, name):
     """Two steps in each layout by the same flags, against one run in one go; what is loaded is what was saved, to the bit."""
-    flags, legs = MODELS[family]
+    (flags, legs), family, bound = MODELS[name], name.split()[0], BOUND_16_BITS if "16" in name else BOUND
     options = OPTIONS | flags | {"model_name_or_path": tiny(family), "train_file": rows16}
     straight = train("zero2", name="straight", max_steps=2 * len(legs), **options)
     losses = [record["loss"] for record in straight.records("loss")]
@@ -54,12 +58,13 @@ def test_a_run_goes_on_in_any_layout(train, tiny, rows16, family):
     records = leg.records("loss")
     assert len(records) == len(losses) == 2 * len(legs)
     for record, loss in zip(records, losses, strict=True):
-        assert abs(record["loss"] - loss) <= BOUND * loss, (record["step"], record["loss"], loss)
+        assert abs(record["loss"] - loss) <= bound * loss, (record["step"], record["loss"], loss)
     told = leg.run["legs"]
     assert [(one["strategy"], one["num_processes"]) for one in told] == [(name or "single", count) for name, count in legs]
     assert [one["from_step"] for one in told] == list(range(0, 2 * len(legs), 2))
-    assert f"processes {legs[0][1]} -> {legs[1][1]}" in told[1]["changes"]
-    if family != "llama":
+    if legs[0][1] != legs[1][1]:
+        assert f"processes {legs[0][1]} -> {legs[1][1]}" in told[1]["changes"]
+    if name in ("t5", "gpt2"):
         check_export(leg, folder, tiny(family))
 
 
