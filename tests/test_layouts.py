@@ -29,10 +29,10 @@ MODELS = {  # name, which begins with the family's: (flags, legs)
     "gpt2": ({"task": "causal", "peft": "lora", "target_modules": "all-linear", "gradient_checkpointing": "true"}, LEGS[5:]),
     "t5 in 16 bits": ({"mixed_precision": "bf16"}, [LEGS[0], LEGS[2], LEGS[-1]]),
 }
-# Float32 sums in another order: the losses of these runs differ by some 1e-7; smooth activations and 20 steps amplify nothing.
+# Float32 sums in another order: the losses of these runs differ by some 1e-7; smooth activations, 20 steps amplify nothing.
 BOUND = 1e-5
-# A number of bf16 is rounded by up to 2^-9, in other places under each engine: DDP rounds inside its operations and keeps weights and
-# norms in float32, ZeRO rounds weights and activations alike. This is eight of them in one direction; some 3e-4 are seen.
+# A number of bf16 is rounded by up to 2^-9, in other places under each engine: DDP rounds inside its operations and keeps weights
+# and norms in float32, ZeRO rounds weights and activations alike. This is eight of them in one direction; some 3e-4 are seen.
 BOUND_16_BITS = 2**-6
 
 
