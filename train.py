@@ -300,7 +300,7 @@ def train(run, start):
                 run.evaluator.evaluate("validation", step)
         stop = run.stopper.agreed(run.saver.time_is_up())
         run.saver.tell()
-        if stop or run.stopper.wished or due(args.save_steps, step, run.schedule.max_steps):
+        if stop or run.stopper.wished or due(run.saver.every_steps, step, run.schedule.max_steps):
             run.saver.save(step)
         if stop:
             break

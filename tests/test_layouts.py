@@ -12,6 +12,7 @@ from state import state_hash
 
 from zerotune.run import manifest
 from zerotune.run.checkpoint import list_checkpoints
+from zerotune.run.saving import best_interval
 from zerotune.run.state_files import SavedState
 
 OPTIONS = {
@@ -162,6 +163,11 @@ def test_saves_behind_the_training(train, tiny, rows16, tmp_path):
     timed = train("zero2", name="timed", max_steps=60, save_steps=0, save_every_seconds=0.05, **options)
     steps = [step for step, _ in list_checkpoints(timed.folder)]
     assert len(steps) > 2 and manifest.verify(timed.folder / f"checkpoint-{steps[0]}")[1] == []
+    hours = {"save_steps": "auto", "mean_hours_between_failures": 1e-9}  # an interval that is over at once
+    auto = train("ddp", name="auto", max_steps=6, **options | hours)
+    steps = [step for step, _ in list_checkpoints(auto.folder)]
+    assert steps[0] == 1 and steps[-1] == 6
+    assert best_interval(0.2, 86400) == pytest.approx(185.9, abs=0.1)
 
 
 @pytest.mark.launch

@@ -7,6 +7,7 @@ import torch
 from zerotune.engine.processes import unwrap
 
 ROW = 1 << 16  # elements that share a factor
+CHUNK = 16 * ROW  # elements looked at together: some 25 MB beside the weights
 MIXING = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed number; odd
 
 
@@ -49,8 +50,8 @@ def checksum(values, first, salt):
     """Return the sum of int16 values times the factors of their places, from `first` on; salt: below 2^24, of their tensor."""
     total = torch.zeros((), dtype=torch.int64, device=values.device)
     within = factors(torch.arange(ROW, device=values.device))
-    for begin in range(0, values.numel(), 64 * ROW):  # so that what is made beside the weights stays small
-        part = values[begin : begin + 64 * ROW]
+    for begin in range(0, values.numel(), CHUNK):
+        part = values[begin : begin + CHUNK]
         lead = (first + begin) % ROW
         rows = torch.nn.functional.pad(part, (lead, -(lead + part.numel()) % ROW)).view(-1, ROW).long()
         numbers = torch.arange(len(rows), device=values.device) + (first + begin) // ROW

@@ -202,8 +202,15 @@ class RunArguments:
     eval_steps: int = flag(
         0, "Optimizer steps between evaluations; 0: at the end only.", HARMLESS, range=NOT_NEGATIVE, unit="steps"
     )
-    save_steps: int = flag(
-        500, "Optimizer steps between checkpoints, and one at the end; 0: none.", HARMLESS, range=NOT_NEGATIVE, unit="steps"
+    save_steps: int | Literal["auto"] = flag(
+        500,
+        "Optimizer steps between checkpoints, and one at the end; 0: none; auto: by what a save costs and how often machines fail.",
+        HARMLESS,
+        range=(lambda value: value == "auto" or value >= 0, "must not be negative, or auto"),
+        unit="steps",
+    )
+    mean_hours_between_failures: float | None = flag(
+        None, "Of all machines of the run together; for --save_steps auto.", HARMLESS, range=POSITIVE, unit="hours"
     )
     save_every_seconds: float = flag(
         0.0,
@@ -387,6 +394,10 @@ def check_arguments(args, required=tuple(REQUIRED)):
     ]
     need(not args.loss_chunks or args.task != "classification", "--loss_chunks: a classifier has no logits of a vocabulary")
     need(bool(args.source_lang) == bool(args.target_lang), "--source_lang and --target_lang go together; give both or none")
+    need(
+        (args.save_steps == "auto") == (args.mean_hours_between_failures is not None),
+        "--save_steps auto and --mean_hours_between_failures go together; give both or none",
+    )
     need(not (args.warmup_ratio and args.warmup_steps), "--warmup_ratio and --warmup_steps are both given; give one")
     if args.output_dir:
         out = Path(args.output_dir)

@@ -43,6 +43,7 @@ WORDS = (
 )
 EXIT_CODE = 2
 RESERVE = 1 << 25
+PATIENCE = 60  # seconds
 NUM_TENSORS = 8
 
 
@@ -86,6 +87,8 @@ def end(run, error):
             reason = f"{type(another).__name__}: {' '.join(str(another).split())[:100]}"
             lines = [f"no memory is left to say more ({reason}); python -m zerotune plan says what fits"]
         print("\n".join(f"train.py: out of memory: {line}" for line in lines), end="\n" * bool(lines), file=sys.stderr, flush=True)
+    if (job := getattr(getattr(run, "saver", None), "job", None)) and job.thread.ident:
+        job.thread.join(PATIENCE)  # a save that was under way: all ranks are still there to finish it
     leave_code(EXIT_CODE)  # before the launcher ends this process for the loss of the others
     for pid in processes.neighbours():
         processes.signal_to(pid, signal.SIGKILL)

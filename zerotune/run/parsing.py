@@ -27,14 +27,28 @@ def truth(word):
     raise argparse.ArgumentTypeError(f"{word!r} is none of true, false")
 
 
+def number_or(kind, words):
+    """Return a function from a word of the command line to a number, or to the word if it is one of `words`."""
+
+    def convert(word):
+        try:
+            return word if word in words else kind(word)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{word!r} is no {kind.__name__} and none of {', '.join(words)}") from None
+
+    return convert
+
+
 def add_flags(parser, group):
     """Add a dataclass's flags to the parser: a word each, several for a list, none or true/false (and --no_...) for a bool."""
     box = parser.add_argument_group(group.title)
     hints = typing.get_type_hints(group)
     for field in dataclasses.fields(group):
         kind, choices = hints[field.name], None
-        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:  # X | None
-            kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+        convert = None
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:  # X | None, or a number | words
+            kind, *others = [part for part in typing.get_args(kind) if part is not types.NoneType]
+            convert = number_or(kind, typing.get_args(others[0])) if others else None
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         help = field.metadata["help"].replace("%", "%%") + ("" if default in (None, []) else f" (default: {default})")
         if kind is bool:
@@ -50,7 +64,9 @@ def add_flags(parser, group):
         unit = field.metadata["unit"] or {int: "N", float: "X", str: "TEXT"}[kind]
         shown = None if choices else unit.upper()
         nargs = "+" if several else None
-        box.add_argument(f"--{field.name}", type=kind, nargs=nargs, choices=choices, default=default, metavar=shown, help=help)
+        box.add_argument(
+            f"--{field.name}", type=convert or kind, nargs=nargs, choices=choices, default=default, metavar=shown, help=help
+        )
 
 
 def config_words(path, known):

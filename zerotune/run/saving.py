@@ -7,6 +7,7 @@ nothing else.
 """
 
 import contextlib
+import math
 import os
 import shutil
 import threading
@@ -35,7 +36,9 @@ class Saver:
         self.accelerator, self.model, self.optimizer, self.args = accelerator, model, optimizer, args
         self.facts, self.counts, self.monitor = facts, counts, monitor
         self.last_step = None  # of the newest save
-        self.last_time = time.monotonic()
+        self.last_time, self.cost = time.monotonic(), 0.0  # seconds for which the training stood still for the newest save
+        self.automatic = args.save_steps == "auto"
+        self.every_steps = monitor.schedule.max_steps if self.automatic else args.save_steps
         self.job, self.told = None, False
         # Agreements of a write behind the training go through a group of their own, whose order no other collective disturbs.
         several = accelerator.num_processes > 1
@@ -44,6 +47,7 @@ class Saver:
     def save(self, step):
         """Begin to save the state after `step`; waits for the save before. A collective."""
         args, monitor, accelerator = self.args, self.monitor, self.accelerator
+        begin = time.perf_counter()
         self.wait()
         if warning := accelerator.is_main_process and space_warning(args.output_dir):
             monitor.console.say(warning)
@@ -53,7 +57,6 @@ class Saver:
             monitor.write({"step": step, "save_failed": "states on NVMe are not saved: DeepSpeed does not restore them"})
             return
         with monitor.paused():
-            begin = time.perf_counter()
             tensors, metadata = state_files.tensors_to_save(accelerator, self.model, self.optimizer)
             behind = self.has_room(sum(t.numel() * t.element_size() for t in tensors.values()))
             if behind:
@@ -91,6 +94,7 @@ class Saver:
             job, self.job = self.job, None
             if job.error is not None:
                 raise job.error
+            self.cost = job.stall
             self.monitor.write({"step": job.content["step"], **job.record, "save_stall_seconds": round(job.stall, 3)})
             self.monitor.draw()
 
@@ -103,9 +107,15 @@ class Saver:
             self.tell()
 
     def time_is_up(self):
-        """Tell, on the main process, whether --save_every_seconds have passed since the last save."""
-        every = self.args.save_every_seconds
-        return every > 0 and self.accelerator.is_main_process and time.monotonic() - self.last_time >= every
+        """Tell, on the main process, whether a save is due by the clock, or to know what one costs (--save_steps auto)."""
+        if not self.accelerator.is_main_process or self.job is not None:
+            return False
+        if self.automatic and self.last_step is None:
+            return True  # its cost is to be known
+        every = [self.args.save_every_seconds] if self.args.save_every_seconds else []
+        if self.automatic:
+            every.append(best_interval(self.cost, 3600 * self.args.mean_hours_between_failures))
+        return bool(every) and time.monotonic() - self.last_time >= min(every)
 
 
 class Job:
@@ -158,6 +168,15 @@ class Job:
         everyone = [None] * self.accelerator.num_processes
         dist.all_gather_object(everyone, mine, group=self.group)
         return [item for part in everyone for item in part]
+
+
+def best_interval(cost, between_failures):
+    """Return the seconds between saves that lose least to saves and failures together: sqrt(2 x cost x mean time between failures).
+
+    cost: seconds that a save takes from the training. Young, Communications of the ACM 17 (1974); Daly, FGCS 22 (2006), whose
+    further terms matter only where saves take a good part of the time.
+    """
+    return math.sqrt(2 * cost * between_failures)
 
 
 @contextlib.contextmanager
