@@ -1,6 +1,13 @@
-"""train.py that saves what it has loaded, before its first step, into the folder <output_dir>_loaded: what a resume really has."""
+"""train.py that saves what it has loaded, before its first step, into the folder <output_dir>_loaded: what a resume really has.
 
+KILLED_RANK: this rank kills itself by SIGKILL, when checkpoint-<KILLED_AT> is there, or KILLED_AFTER seconds after it has loaded.
+"""
+
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
@@ -22,7 +29,17 @@ def main(args):
         run.saver.wait()
         args.output_dir = args.output_dir.removesuffix("_loaded")
     train.accompany(run, start)
+    if os.environ.get("KILLED_RANK") == os.environ.get("RANK", "0"):
+        threading.Thread(target=die, args=(args.output_dir,), daemon=True).start()
     train.end(run, train.train(run, start))
+
+
+def die(output_dir):
+    time.sleep(float(os.environ.get("KILLED_AFTER", "0")))
+    if step := os.environ.get("KILLED_AT"):
+        while not (Path(output_dir) / f"checkpoint-{step}").exists():
+            time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
