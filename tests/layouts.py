@@ -2,10 +2,10 @@
 
     .venv/bin/python tests/layouts.py --out docs/layouts.json
 
-For each model a walk over the layouts in which every ordered pair of them comes once, a SIGKILL of a random rank at each change; and
-kills at random moments with a random layout after each. Demanded: what is loaded is, to the bit, what was saved; every loss is that
-of the run in one go within BOUND; a kill costs one save interval and the save being written at most. tests/test_layouts.py does a
-part.
+For each model a walk over the layouts in which every ordered pair of them comes once, a SIGKILL of a random rank at each
+change; then kills at random moments, a random layout after each. Demanded: what is loaded is, to the bit, what was saved; every
+loss is that of the run in one go within BOUND; a kill costs one save interval and the save being written at most.
+tests/test_layouts.py does a part.
 """
 
 import argparse
