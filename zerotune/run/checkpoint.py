@@ -35,7 +35,7 @@ def list_checkpoints(output_dir):
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-def save(accelerator, model, optimizer, output_dir, step, save_total_limit, facts):
+def save(accelerator, model, optimizer, output_dir, step, save_total_limit, facts, keep_every=0):
     """Write and commit checkpoint-<step>; return {"checkpoint_bytes", "save_seconds"}, or {"save_failed": why} after a failure.
 
     facts: what goes into the manifest beside the files: fingerprint, layout, versions, frozen weights.
@@ -61,7 +61,7 @@ def save(accelerator, model, optimizer, output_dir, step, save_total_limit, fact
     if not failed and accelerator.is_main_process:
         with noting(errors):
             content = facts | {"format": FORMAT, "step": step, "files": files, "scaler": scaler_state(accelerator, optimizer)}
-            commit(temporary, folder, content, save_total_limit)
+            commit(temporary, folder, content, save_total_limit, keep_every)
     if failed := failed or agree(errors):
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -85,7 +85,7 @@ def agree(errors):
     return gather_object(list(errors))
 
 
-def commit(temporary, folder, content, save_total_limit):
+def commit(temporary, folder, content, save_total_limit, keep_every):
     """Give a fully written folder its name, and remove the oldest checkpoints beyond the limit."""
     manifest.write(temporary, content)
     for path in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
@@ -96,10 +96,29 @@ def commit(temporary, folder, content, save_total_limit):
     os.rename(temporary, folder)
     manifest.sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    kept = {folder, *(path for _, path in list_checkpoints(folder.parent)[-save_total_limit:])}
-    for _, old in list_checkpoints(folder.parent):
-        if old not in kept:
+    remove_old(folder, save_total_limit, keep_every)
+
+
+def remove_old(newest, save_total_limit, keep_every):
+    """Remove the oldest checkpoints beyond the limit, but for every n-th step's and for the best ones.
+
+    Each checkpoint that stays keeps the one that was the best when it was written: should a damaged one be set aside, the run goes
+    on from the one before with all that it knows of.
+    """
+    found = list_checkpoints(newest.parent)
+    kept = {newest, *(path for _, path in found[-save_total_limit:])}
+    kept |= {path for step, path in found if keep_every and step % keep_every == 0}
+    best = {best_of(folder, dict(found)) for folder in kept}
+    for _, old in found:
+        if old not in kept | best:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def best_of(folder, found):
+    """Return the checkpoint of the best evaluation that one knows of, of those there are ({step: folder}); None without."""
+    with contextlib.suppress(ValueError, OSError):
+        steps = manifest.read(folder).get("best", {}).get("kept", [])
+        return next((found[step] for step in reversed(steps) if step in found), None)
 
 
 def space_warning(output_dir):
@@ -228,6 +247,7 @@ class Saver:
         """facts: what the manifests hold beside the files; counts: {name: count} so far, which they carry too."""
         self.accelerator, self.model, self.optimizer, self.args = accelerator, model, optimizer, args
         self.facts, self.counts, self.monitor = facts, counts, monitor
+        self.states = {}  # {entry of the manifest: function that gives it}: what the run decides by, as it is at a save
         self.last_step = None  # of the newest save
 
     def save(self, step):
@@ -235,8 +255,9 @@ class Saver:
         if warning := self.accelerator.is_main_process and space_warning(args.output_dir):
             monitor.console.say(warning)
         with monitor.paused():
-            facts = self.facts | self.counts
-            saved = save(self.accelerator, self.model, self.optimizer, args.output_dir, step, args.save_total_limit, facts)
+            facts = self.facts | self.counts | {name: state() for name, state in self.states.items()}
+            where = args.output_dir, step, args.save_total_limit
+            saved = save(self.accelerator, self.model, self.optimizer, *where, facts, args.keep_every)
         if saved.get("save_seconds", 0) > args.hang_timeout_seconds / 2:
             monitor.console.say(
                 "warning: a save takes more than half of --hang_timeout_seconds, after which it would count as a stall"
