@@ -100,17 +100,16 @@ def commit(temporary, folder, content, save_total_limit, keep_every):
 
 
 def remove_old(newest, save_total_limit, keep_every):
-    """Remove the oldest checkpoints beyond the limit, but for every n-th step's and for the best ones.
+    """Remove the oldest checkpoints beyond the limit, but for those whose step `keep_every` divides and for the best ones.
 
-    Each checkpoint that stays keeps the one that was the best when it was written: should a damaged one be set aside, the run goes
-    on from the one before with all that it knows of.
+    Each within the limit keeps the one that was the best when it was written: should a damaged one be set aside, the run goes on
+    from the one before with all that it knows of.
     """
     found = list_checkpoints(newest.parent)
     kept = {newest, *(path for _, path in found[-save_total_limit:])}
-    kept |= {path for step, path in found if keep_every and step % keep_every == 0}
-    best = {best_of(folder, dict(found)) for folder in kept}
-    for _, old in found:
-        if old not in kept | best:
+    kept |= {best_of(folder, dict(found)) for folder in kept}
+    for step, old in found:
+        if old not in kept and not (keep_every and step % keep_every == 0):
             shutil.rmtree(old, ignore_errors=True)
 
 

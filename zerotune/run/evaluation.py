@@ -108,7 +108,8 @@ class Evaluator:
 
     def compare(self, step, record):
         """Compare an evaluation with the best so far, on all ranks by the main process's number; a collective."""
-        best, numbers = self.best, sorted(name for name, value in record.items() if isinstance(value, float))
+        best = self.best
+        numbers = [name for name, value in record.items() if isinstance(value, float) and name != "eval_seconds"]
         if best.metric is None:
             best.update(step, None)
             return

@@ -103,4 +103,4 @@ def newest_whole(output_dir, steps, last):
         if not damage:
             return folder, content, problems
         problems.append(f"checkpoint-{step} is not whole ({'; '.join(damage[:3])})")
-    return None, None, problems if steps else [f"no evaluation had a finite value; final/ is of step {last}"]
+    return None, None, [*problems, f"no whole checkpoint of one; final/ is of the last step, {last}"]
