@@ -20,7 +20,6 @@ if __name__ == "__main__":
 # isort: split
 import math
 from contextlib import nullcontext, suppress
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -52,12 +51,13 @@ from zerotune.rows.collation import Collator, TrainingSteps
 from zerotune.rows.data import Data, describe
 from zerotune.run import checkpoint, records
 from zerotune.run.autopsy import explained
+from zerotune.run.best import Best, Calendar
 from zerotune.run.evaluation import Evaluator, metrics_before_training
-from zerotune.run.export import export
 from zerotune.run.fingerprint import fingerprint, layout
 from zerotune.run.fit import Fit
 from zerotune.run.guard import Guard
 from zerotune.run.monitor import Monitor
+from zerotune.run.saved_model import export_best
 from zerotune.run.saving import Saver
 
 
@@ -144,6 +144,8 @@ def cut_steps(run):
     run.found, run.manifest, run.changes = checkpoint.choose(accelerator, *request, *compared, run.console.say)
     if run.found:
         run.schedule = run.schedule.gone_on_with(run.manifest)
+    run.best = Best.of(args, run.manifest)
+    run.calendar = Calendar(args, run.schedule, run.best, "validation" in run.data.rows)
 
 
 def load_model(run):
@@ -241,21 +243,27 @@ def forward_loss(model, batch, labels, chunked=False):
 
 
 def accompany(run, start):
-    """Make what watches the steps, refuses bad ones, saves, evaluates and listens for signals."""
+    """Make what watches the steps, refuses bad ones, saves, evaluates, knows the best and listens for signals."""
     args, accelerator, model, optimizer = run.args, run.accelerator, run.model, run.optimizer
-    counts = {"overflowed_steps": run.manifest["overflowed_steps"] if run.found else 0}
+    saved = run.manifest or {"overflowed_steps": 0}
+    counts = {"overflowed_steps": saved["overflowed_steps"]}
     place = accelerator.num_processes, accelerator.process_index, run.schedule.row_offset
     run.training_steps = TrainingSteps(run.data, run.collator, args, *place)
     run.monitor = Monitor(accelerator, model, optimizer, args, run.schedule, run.console, counts, start)
     run.saver = Saver(accelerator, model, optimizer, args, run.manifest_facts, counts, run.monitor)
-    run.guard = Guard(accelerator, model, optimizer, args, run.monitor, run.saver, run.training_steps.lines_of_step)
+    lines_of_step = run.training_steps.lines_of_step
+    run.guard = Guard(accelerator, model, optimizer, args, run.monitor, run.saver, lines_of_step, saved.get("guard"))
     run.stopper = stopping.Stopper()
     given = accelerator, model, run.data, run.collator, run.tokenizer, args, forward_loss, run.metrics
-    run.evaluator = Evaluator(*given, run.monitor, run.stopper)
+    run.evaluator = Evaluator(*given, run.monitor, run.stopper, run.best)
+    run.saver.states = {"best": run.best.state, "guard": run.guard.state}
+    run.saver.last_step = start if run.found else None
 
 
 def train(run, start):
     """Take the optimizer steps after step `start`; return the last one's number."""
+    if run.found and pause(run, start):  # an evaluation that a signal cut off is made up for; one that ended the run stays its end
+        return start
     args, accelerator, model, optimizer, monitor = run.args, run.accelerator, run.model, run.optimizer, run.monitor
     # DeepSpeed divides the loss by the accumulation unless told not to; the loss below is complete as it is.
     backward_options = {"scale_wrt_gas": False} if run.plugin else {}
@@ -285,9 +293,11 @@ def train(run, start):
             accelerator.sync_gradients = index == len(micro_batches)  # the accumulation boundary, for DDP and DeepSpeed
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
                 loss_sum = forward_loss(model, batch, labels, chunked=args.loss_chunks > 0)
+                step_loss += loss_sum.detach()
+                if accelerator.sync_gradients and run.guard.is_spike(step_loss, targets):
+                    loss_sum = loss_sum * math.nan  # gradients that no strategy takes a step with
                 # x processes: DDP and DeepSpeed average gradients over the ranks, and this loss is to be summed.
                 accelerator.backward(loss_sum * (accelerator.num_processes / targets), **backward_options)
-            step_loss += loss_sum.detach()
 
         # Under DeepSpeed the last backward has clipped and stepped already; these three then only report.
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
@@ -295,21 +305,21 @@ def train(run, start):
         optimizer.zero_grad()
         monitor.step(step, taken, step_loss, targets, learning_rate, grad_norm)
 
-        if due(args.eval_steps, step) and "validation" in run.data.rows:
-            with suppress(stopping.Interrupted):
-                run.evaluator.evaluate("validation", step)
-        stop = run.stopper.agreed(run.saver.time_is_up())
-        run.saver.tell()
-        if stop or run.stopper.wished or due(run.saver.every_steps, step, run.schedule.max_steps):
-            run.saver.save(step)
-        if stop:
+        if pause(run, step):
             break
     return step
 
 
-def due(every, step, last=None):
-    """Tell whether something that is done every so many steps (0: never) is due after a step; after the last one it is."""
-    return every > 0 and (step % every == 0 or step == last)
+def pause(run, step):
+    """Evaluate, then save, where it is due, so that a checkpoint knows its own evaluation; return whether the run ends here."""
+    if run.calendar.evaluates(step):
+        with suppress(stopping.Interrupted):
+            run.evaluator.evaluate("validation", step)
+    stop = run.stopper.agreed(run.saver.time_is_up())
+    run.saver.tell()
+    if (stop or run.stopper.wished or run.calendar.saves(step)) and run.saver.last_step != step:
+        run.saver.save(step)
+    return stop or run.best.used_up
 
 
 def end(run, step):
@@ -318,13 +328,12 @@ def end(run, step):
     run.fit.report(run.model, run.optimizer, run.host_memory_before_model, run.console.say)
     with suppress(stopping.Interrupted):
         run.stopper.interrupt()
-        if "validation" in data.rows and evaluator.last_step != step:
+        if run.calendar.has_validation and evaluator.last_step != step:
             evaluator.evaluate("validation", step)
         if "test" in data.rows:
             evaluator.write_predictions("test", evaluator.evaluate("test", step))
         run.monitor.watchdog.stop()
-        final = export(run.accelerator, run.model, run.tokenizer, Path(run.args.output_dir) / "final", run.args)
-        run.console.say(f"final: {final} loads with from_pretrained, weights compared")
+        export_best(run, step, make_trainable)
     if stop := run.stopper.known:
         if saver.last_step != step:
             saver.save(step)

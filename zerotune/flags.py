@@ -13,6 +13,7 @@ HARMLESS = "harmless"  # logs, evaluates, saves, spares memory or time: never co
 
 # What a number has to be: (test, words)
 POSITIVE = (lambda value: value > 0, "must be greater than 0")
+ABOVE_ONE = (lambda value: value > 1, "must be greater than 1")
 NOT_NEGATIVE = (lambda value: value >= 0, "must not be negative")
 SHARE = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
 BELOW_ONE = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")

@@ -364,9 +364,16 @@ def flag_problems(config, name, args):
             f"--optim {args.optim}: {name} keeps optimizer states on {offload}, where DeepSpeed's own AdamW steps in float32; use "
             "--optim adamw_torch_fused here, or a strategy without offload"
         )
-    if uses_nvme(config) and args.save_steps:
+    by_steps = args.save_strategy == "steps"
+    if uses_nvme(config) and args.save_strategy != "no" and (args.save_steps or args.save_every_seconds or not by_steps):
+        given = f"--save_steps {args.save_steps}" if args.save_strategy == "steps" else f"--save_strategy {args.save_strategy}"
         problems.append(
-            f"--save_steps {args.save_steps}: DeepSpeed 0.19.8 does not restore what lies on NVMe, so a resumed run would go on "
-            "from other weights; pass --save_steps 0 (final/ is still written at the end), or use zero3_offload"
+            f"{given}: DeepSpeed 0.19.8 does not restore what lies on NVMe, so a resumed run would go on from other weights; pass "
+            "--save_strategy no (final/ is still written at the end), or use zero3_offload"
+        )
+    if args.max_loss_spike and section(config, "bf16").get("check_grad_overflow") is False:
+        problems.append(
+            f"--max_loss_spike {args.max_loss_spike:g}: a step is skipped by gradients that are not finite, for which {name} does "
+            "not look; leave bf16.check_grad_overflow out of it"
         )
     return problems

@@ -71,3 +71,14 @@ class Schedule:
     def epoch_at(self, step):
         """Return how many passes over the rows `step` steps are."""
         return (self.row_offset + step * self.rows_per_step) / self.num_rows
+
+    def ends_epoch(self, step):
+        """Tell whether an optimizer step, counted from 1, takes the last row of an epoch."""
+        after = self.row_offset + step * self.rows_per_step  # whole numbers: a quotient of floats may round up to the epoch's end
+        return after // self.num_rows > (after - self.rows_per_step) // self.num_rows
+
+    def is_due(self, strategy, every, step):
+        """Tell whether what is done by a strategy (no, steps: each `every`, 0: never; epoch) is due after step 1, 2, ..."""
+        if strategy == "epoch":
+            return self.ends_epoch(step)
+        return strategy == "steps" and every > 0 and step % every == 0

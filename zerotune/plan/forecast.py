@@ -144,7 +144,7 @@ class Planner:
         on_gpu = machine.gpu.name != "CPU process"
         num_processes = 1 if strategy == "single" else machine.num_gpus
         if strategy == "zero3_nvme":
-            args = dataclasses.replace(args, save_steps=0)  # without checkpoints, as its README says
+            args = dataclasses.replace(args, save_strategy="no")  # without checkpoints, as its README says
         result = Forecast(strategy, device_limit=machine.gpu_bytes, host_limit=machine.host_bytes, nvme_limit=machine.nvme_bytes)
         try:
             config = self.deepspeed_config(strategy, args, num_processes, config)

@@ -14,6 +14,7 @@ from typing import Literal
 from zerotune.engine.ending import exit_with
 from zerotune.errors import UserError, nearest
 from zerotune.flags import (
+    ABOVE_ONE,
     BELOW_ONE,
     CONTENT,
     HARMLESS,
@@ -26,6 +27,7 @@ from zerotune.flags import (
     names_deciding,
     out_of_range,
 )
+from zerotune.run.checks import check_best, check_savers
 from zerotune.run.parsing import parse
 
 POSITIVE_OR_MINUS_ONE = (lambda value: value == -1 or value > 0, "must be greater than 0, or -1")
@@ -177,6 +179,31 @@ class LearningArguments:
 
 
 @dataclass
+class BestArguments:
+    title = "the best model, and when to stop"
+    load_best_model_at_end: bool = flag(
+        False, "Keep a checkpoint of the best evaluation, and make final/ of it in place of the last step.", HARMLESS
+    )
+    metric_for_best_model: str | None = flag(
+        None, "What evaluations are compared by: loss, perplexity, rougeL, accuracy, ... Default: loss.", HARMLESS, unit="name"
+    )
+    greater_is_better: bool | None = flag(None, "Default: false for loss and perplexity, true for all others.", HARMLESS)
+    early_stopping_patience: int = flag(
+        0,
+        "Stop after N evaluations in a row that were no better; 0: never.",
+        HARMLESS,
+        range=NOT_NEGATIVE,
+        unit="evaluations",
+    )
+    early_stopping_threshold: float = flag(
+        0.0, "By how much an evaluation has to be better for the waiting to end.", HARMLESS, range=NOT_NEGATIVE
+    )
+    max_loss_spike: float | None = flag(
+        None, "Skip a step whose loss is above X times the median of the 64 taken before it.", MATHEMATICS, range=ABOVE_ONE
+    )
+
+
+@dataclass
 class RunArguments:
     title = "run"
     output_dir: str | None = flag(
@@ -199,8 +226,14 @@ class RunArguments:
         unit="steps",
     )
     logging_steps: int = flag(10, "Optimizer steps between training records.", HARMLESS, range=POSITIVE, unit="steps")
+    eval_strategy: Literal["no", "steps", "epoch"] = flag(
+        "steps", "Evaluate each eval_steps, or where an epoch ends, and at the end; no: never.", HARMLESS
+    )
     eval_steps: int = flag(
         0, "Optimizer steps between evaluations; 0: at the end only.", HARMLESS, range=NOT_NEGATIVE, unit="steps"
+    )
+    save_strategy: Literal["no", "steps", "epoch", "best"] = flag(
+        "steps", "Save each save_steps, or where an epoch ends, and at the end; or after each best evaluation alone.", HARMLESS
     )
     save_steps: int | Literal["auto"] = flag(
         500,
@@ -219,7 +252,12 @@ class RunArguments:
         range=NOT_NEGATIVE,
         unit="seconds",
     )
-    save_total_limit: int = flag(2, "Newest checkpoints kept.", HARMLESS, range=POSITIVE, unit="checkpoints")
+    save_total_limit: int = flag(
+        2, "Newest checkpoints kept, beside the best one and those of keep_every.", HARMLESS, range=POSITIVE, unit="checkpoints"
+    )
+    keep_every: int = flag(
+        0, "Keep for ever each checkpoint whose step N divides; 0: none.", HARMLESS, range=NOT_NEGATIVE, unit="steps"
+    )
     resume_from_checkpoint: str = flag(
         "auto",
         "auto: the newest checkpoint in output_dir, if there is one; none: start at step 0; or a checkpoint's folder.",
@@ -233,7 +271,7 @@ class RunArguments:
     )
     max_bad_steps: int = flag(
         5,
-        "Steps in a row with a non-finite loss or gradient, each skipped, after which the run stops.",
+        "Steps in a row with a non-finite loss or gradient, or a loss spike, each skipped, after which the run stops.",
         HARMLESS,
         range=POSITIVE,
         unit="steps",
@@ -261,7 +299,7 @@ class RunArguments:
     report_to: str = flag("none", "Tracker known to accelerate: tensorboard, wandb, ...; none: metrics.jsonl alone.", HARMLESS)
 
 
-GROUPS = (ModelArguments, DataArguments, FreezingArguments, AdapterArguments, LearningArguments, RunArguments)
+GROUPS = (ModelArguments, DataArguments, FreezingArguments, AdapterArguments, LearningArguments, BestArguments, RunArguments)
 
 
 @dataclass
@@ -284,55 +322,6 @@ def arguments_or_exit():
         return parse_arguments()
     except UserError as error:
         exit_with(error)
-
-
-def check_savers(args):
-    """Return a line for each mistake in the flags of adapters and quantised bases."""
-    problems = []
-
-    def need(condition, problem):
-        if not condition:
-            problems.append(problem)
-
-    kind = args.peft
-    for name in ("target_modules", "modules_to_save", "merge_adapter"):
-        need(kind or not getattr(args, name), f"--{name}: is for adapters; give --peft as well")
-    need(
-        not args.target_modules or kind not in ("prefix", "prompt", "trainable_tokens"), f"--target_modules: --peft {kind} has none"
-    )
-    need(
-        bool(args.trainable_tokens) == (kind == "trainable_tokens"),
-        "--trainable_tokens and --peft trainable_tokens go together; give both or none",
-    )
-    need(
-        kind != "trainable_tokens" or not (args.unfreeze or args.modules_to_save),
-        "--peft trainable_tokens: nothing learns beside the tokens; leave out --unfreeze and --modules_to_save",
-    )
-    need(
-        kind != "adalora" or args.mixed_precision != "fp16",
-        "--peft adalora: in fp16 an overflow would spoil the importances by which it moves its ranks; use bf16",
-    )
-    need(
-        kind != "adalora" or not args.deterministic,
-        "--deterministic: --peft adalora picks its ranks by torch.kthvalue, which gives no promise of the same bits on a GPU; use "
-        "--peft lora, or leave out --deterministic",
-    )
-    need(not (args.merge_adapter and kind in ("prefix", "prompt")), f"--merge_adapter: --peft {kind} cannot be merged into weights")
-    need(
-        not (args.gradient_checkpointing and kind == "prefix"),
-        "--gradient_checkpointing: does not go with --peft prefix, which gives each block keys and values through the cache that "
-        "recomputation switches off; use --peft lora, or train without checkpointing",
-    )
-    need(
-        kind or args.unfreeze or not args.quantize,
-        "--quantize: quantised weights cannot learn; give an adapter as well, such as --peft lora, or --unfreeze what is not "
-        "quantised, such as head",
-    )
-    need(
-        not args.double_quant or args.quantize in ("nf4", "fp4"),
-        f"--double_quant: is for --quantize nf4 and fp4 (given: {args.quantize})",
-    )
-    return problems
 
 
 # Flags that decide which parameters and optimizer states there are: a checkpoint has nothing to go on from with another value.
@@ -366,7 +355,7 @@ REQUIRED = {  # flag: (what it is, another that may stand for it)
 
 def check_arguments(args, required=tuple(REQUIRED)):
     """Return a list of problems, a line each: ranges, pairs that cannot be, files that are not there, and what is required."""
-    problems = out_of_range(args) + check_savers(args)
+    problems = out_of_range(args) + check_savers(args) + check_best(args)
 
     def need(condition, problem):
         if not condition:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 
 from zerotune.engine.processes import unwrap
 from zerotune.errors import UserError
@@ -73,11 +73,11 @@ def evaluating(model):
 class Evaluator:
     """Evaluates splits of `data` with what stays the same over a run."""
 
-    def __init__(self, accelerator, model, data, collator, tokenizer, args, forward_loss, metrics, monitor, stopper):
+    def __init__(self, accelerator, model, data, collator, tokenizer, args, forward_loss, metrics, monitor, stopper, best):
         """forward_loss: train.py's. metrics: {name: module} of --metric; {}: the task's default, loaded where they are needed."""
         self.accelerator, self.model, self.data, self.collator = accelerator, model, data, collator
         self.tokenizer, self.args, self.forward_loss = tokenizer, args, forward_loss
-        self.metrics, self.monitor, self.stopper = metrics, monitor, stopper
+        self.metrics, self.monitor, self.stopper, self.best = metrics, monitor, stopper, best
         self.metric_names = metric_names(args.task, args.metric)
         self.last_step = None  # of the newest evaluation of the validation split
 
@@ -100,10 +100,24 @@ class Evaluator:
         """Write a record of a split and return the predictions; its time is not the steps'. Raises Interrupted after a signal."""
         with self.monitor.paused():
             record, predicted = self.measure(split, step)
-        self.monitor.write(record)
         if split == "validation":
             self.last_step = step
+            self.compare(step, record)
+        self.monitor.write(record)
         return predicted
+
+    def compare(self, step, record):
+        """Compare an evaluation with the best so far, on all ranks by the main process's number; a collective."""
+        best = self.best
+        numbers = [name for name, value in record.items() if isinstance(value, float) and name != "eval_seconds"]
+        if best.metric is None:
+            best.update(step, None)
+            return
+        value, numbers = broadcast_object_list([record.get(best.metric), numbers])  # metrics of texts are there alone
+        if value is None:
+            raise UserError(f"--metric_for_best_model {best.metric}: no number of an evaluation; allowed: {', '.join(numbers)}")
+        best.update(step, value)
+        record["best_step"] = best.step
 
     def measure(self, split, step):
         """Return (record, predictions): loss, perplexity, and the metrics of what the model predicts.

@@ -9,7 +9,7 @@ import transformers
 from accelerate.utils import gather_object
 
 from zerotune.engine.processes import unwrap
-from zerotune.errors import RunError
+from zerotune.errors import RunError, UserError
 from zerotune.model.adapters import adapter_state, merge, save_adapter
 from zerotune.model.loading import AUTO_CLASSES
 from zerotune.run.autopsy import is_out_of_memory
@@ -20,41 +20,66 @@ def export(accelerator, model, tokenizer, final, args):
 
     With --peft it holds the adapter alone, and with --merge_adapter the folder merged/ beside it the whole model.
 
-    The weights have the training precision: float32, or bf16/fp16 under DeepSpeed. The main process loads the folder as a user
-    would and compares every tensor bit by bit. RunError, on every rank, if that fails or the disk is full; an earlier final/ stays.
+    The weights have the training precision: float32, or bf16/fp16 under DeepSpeed. RunError, on every rank, if it fails.
     """
-    errors, written = [], final
-    temporary = Path(f"{final}.tmp")
     inner = unwrap(model)
     if args.peft:
         state = adapter_state(inner)
     else:  # under ZeRO-3 a collective, and whole on the main process
         state = accelerator.get_state_dict(model) if accelerator.state.deepspeed_plugin else inner.state_dict()
+    by_main_process(accelerator, lambda: write(inner, state, tokenizer, final, args))
+    return final
+
+
+def by_main_process(accelerator, work):
+    """Call `work` on the main process while the others wait; RunError, on every rank, with what it raises."""
+    errors = []
     if accelerator.is_main_process:
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if args.peft:
-                save_adapter(inner, temporary, state)
-            else:
-                # state_dict names a tied weight several times; written once, it is tied again on loading.
-                inner.save_pretrained(temporary, state_dict=state, safe_serialization=True)
-            tokenizer.save_pretrained(temporary)
-            if not args.peft:
-                check(temporary, args.task, state, args.trust_remote_code)
-            replace(temporary, final)
-            if args.merge_adapter:
-                written = final.with_name("merged")
-                transformers.integrations.deepspeed.unset_hf_deepspeed_config()
-                merge(final, temporary, AUTO_CLASSES[args.task], inner, args, tokenizer)
-                replace(temporary, written)
+            work()
+        except UserError as error:
+            errors = error.problems
         except Exception as error:  # whatever it is, the other ranks must hear of it instead of waiting
-            shutil.rmtree(temporary, ignore_errors=True)
             if is_out_of_memory(error):  # explained by this rank, which ends the others
                 raise
-            errors.append(f"{written}: not written: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            errors.append(in_words(error))
     if errors := gather_object(errors):
         raise RunError(*errors)
-    return final
+
+
+def in_words(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def write(model, state, tokenizer, final, args):
+    """Write `final` and, if asked for, merged/ beside it, on one process; state: the model's, or with --peft its adapter's.
+
+    The folder is loaded as a user would and every tensor compared bit by bit before it gets its name. RunError if that fails or the
+    disk is full; an earlier folder stays.
+    """
+    written, temporary = final, Path(f"{final}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if args.peft:
+            save_adapter(model, temporary, state)
+        else:
+            # state_dict names a tied weight several times; written once, it is tied again on loading.
+            model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
+        if not args.peft:
+            check(temporary, args.task, state, args.trust_remote_code)
+        replace(temporary, final)
+        if args.merge_adapter:
+            written = final.with_name("merged")
+            transformers.integrations.deepspeed.unset_hf_deepspeed_config()
+            merge(final, temporary, AUTO_CLASSES[args.task], model, args, tokenizer)
+            replace(temporary, written)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise RunError(f"{written}: not written: {in_words(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def replace(temporary, final):

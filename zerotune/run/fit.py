@@ -24,7 +24,7 @@ from zerotune.plan.shapes import row_lengths
 from zerotune.rows.collation import TrainingSteps
 from zerotune.run.checkpoint import list_checkpoints, newest_manifest
 from zerotune.run.profiling import memory_gib
-from zerotune.run.records import peak_memory, write_json
+from zerotune.run.records import add_to_run, peak_memory
 
 CUT = "per_device_train_batch_size", "gradient_accumulation_steps"
 LIMIT = "ZEROTUNE_MICRO_BATCH_LIMIT"  # rows of a micro-batch that did not fit, for the process that takes this one's place
@@ -195,9 +195,7 @@ class Fit:
             planned = in_kinds(forecast.device)
             words = ", ".join(f"{kind} {gib(planned[kind])} / {gib(taken[kind])}" for kind in planned)
             say(f"memory, GiB planned / measured at most: {words}")
-        path = Path(self.args.output_dir) / "run.json"
-        with contextlib.suppress(OSError):  # a full disk: said already when it was
-            write_json(path, json.loads(path.read_text()) | {"memory": {"planned_bytes": planned, "measured_bytes": taken}})
+        add_to_run(self.args.output_dir, {"memory": {"planned_bytes": planned, "measured_bytes": taken}})
 
 
 def in_kinds(device):

@@ -73,6 +73,13 @@ def write_run(output_dir, content):
         write_json(Path(output_dir) / "run.json", content)
 
 
+def add_to_run(output_dir, facts):
+    """Put facts that are known late into run.json."""
+    path = Path(output_dir) / "run.json"
+    with contextlib.suppress(OSError):  # a full disk: said already when it was
+        write_json(path, json.loads(path.read_text()) | facts)
+
+
 def legs(output_dir, step, layout, changes):
     """Return run.json's list of a run's launches, this one last: where it began, when, how it is laid out and what changed."""
     path = Path(output_dir) / "run.json"

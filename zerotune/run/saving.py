@@ -35,10 +35,10 @@ class Saver:
         """facts: what the manifests hold beside the files; counts: {name: count} so far, which they carry too."""
         self.accelerator, self.model, self.optimizer, self.args = accelerator, model, optimizer, args
         self.facts, self.counts, self.monitor = facts, counts, monitor
+        self.states = {}  # {entry of the manifest: function that gives it}: what the run decides by, as it is at a save
         self.last_step = None  # of the newest save
         self.last_time, self.cost = time.monotonic(), 0.0  # seconds for which the training stood still for the newest save
         self.automatic = args.save_steps == "auto"
-        self.every_steps = monitor.schedule.max_steps if self.automatic else args.save_steps
         self.job, self.told = None, False
         # Agreements of a write behind the training go through a group of their own, whose order no other collective disturbs.
         several = accelerator.num_processes > 1
@@ -61,9 +61,8 @@ class Saver:
             behind = self.has_room(sum(t.numel() * t.element_size() for t in tensors.values()))
             if behind:
                 tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-            content = (
-                self.facts | self.counts | {"format": FORMAT, "step": step, "scaler": scaler_state(accelerator, self.optimizer)}
-            )
+            content = self.facts | self.counts | {name: state() for name, state in self.states.items()}
+            content |= {"format": FORMAT, "step": step, "scaler": scaler_state(accelerator, self.optimizer)}
             self.job = Job(self, begin, content, tensors, metadata)
             if behind:
                 self.job.thread.start()
@@ -153,7 +152,7 @@ class Job:
             failed = self.gather(errors)
         if not failed and self.accelerator.is_main_process:
             with noting(errors):
-                commit(temporary, folder, self.content | {"files": files}, self.args.save_total_limit)
+                commit(temporary, folder, self.content | {"files": files}, self.args.save_total_limit, self.args.keep_every)
         if failed := failed or self.gather(errors):
             if self.accelerator.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -190,7 +189,7 @@ def noting(errors):
         errors.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def commit(temporary, folder, content, save_total_limit):
+def commit(temporary, folder, content, save_total_limit, keep_every):
     """Give a fully written folder its name, and remove the oldest checkpoints beyond the limit."""
     manifest.write(temporary, content)
     for path in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
@@ -201,10 +200,28 @@ def commit(temporary, folder, content, save_total_limit):
     os.rename(temporary, folder)
     manifest.sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    kept = {folder, *(path for _, path in list_checkpoints(folder.parent)[-save_total_limit:])}
-    for _, old in list_checkpoints(folder.parent):
-        if old not in kept:
+    remove_old(folder, save_total_limit, keep_every)
+
+
+def remove_old(newest, save_total_limit, keep_every):
+    """Remove the oldest checkpoints beyond the limit, but for those whose step `keep_every` divides and for the best ones.
+
+    Each within the limit keeps the one that was the best when it was written: should a damaged one be set aside, the run goes on
+    from the one before with all that it knows of.
+    """
+    found = list_checkpoints(newest.parent)
+    kept = {newest, *(path for _, path in found[-save_total_limit:])}
+    kept |= {best_of(folder, dict(found)) for folder in kept}
+    for step, old in found:
+        if old not in kept and not (keep_every and step % keep_every == 0):
             shutil.rmtree(old, ignore_errors=True)
+
+
+def best_of(folder, found):
+    """Return the checkpoint of the best evaluation that one knows of, of those there are ({step: folder}); None without."""
+    with contextlib.suppress(ValueError, OSError):
+        steps = manifest.read(folder).get("best", {}).get("kept", [])
+        return next((found[step] for step in reversed(steps) if step in found), None)
 
 
 def space_warning(output_dir):

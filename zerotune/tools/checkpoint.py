@@ -105,38 +105,9 @@ def write_model(args):
     flags.model_name_or_path = args.model_name_or_path or flags.model_name_or_path
     import runpy
 
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from zerotune.run.saved_model import export_saved
 
-    from zerotune.engine.frozen import frozen_checksum
-    from zerotune.engine.pieces import WEIGHT
-    from zerotune.model import loading
-    from zerotune.model.quantization import quantization_config
-    from zerotune.run.export import export
-    from zerotune.run.state_files import BUFFER, SavedState, persistent_buffers
-
-    accelerator, saved = Accelerator(cpu=True), SavedState(args.folder)
-    config, tokenizer = loading.load_config_and_tokenizer(flags)
-    precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[flags.mixed_precision]
-    dtype = torch.float32 if content["layout"]["strategy"] in ("single", "ddp") else precision
-    set_seed(flags.seed)
-    quantization = quantization_config(flags, config.model_type, precision, 0)
-    model, _ = loading.load_model(flags, config, tokenizer, content["fingerprint"]["labels"], dtype, quantization)
-    max_steps = content["fingerprint"].get("steps of the schedule", 1)
-    model, _ = runpy.run_path(str(ROOT / "train.py"))["make_trainable"](model, flags, tokenizer, dtype, max_steps)
-    if content["frozen_weights"] not in (None, frozen_checksum(accelerator, model, precision)):
-        raise UserError(
-            f"{args.folder}: its frozen weights are others than {flags.model_name_or_path} has; give --model_name_or_path"
-        )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                learned = torch.empty(parameter.numel())
-                saved.fill(learned, WEIGHT, name)
-                parameter.copy_(learned.view(parameter.shape))
-        for name, buffer in persistent_buffers(model).items():
-            for _, values in saved.parts(BUFFER, name):
-                buffer.copy_(values.view(buffer.shape))
-    print(f"{export(accelerator, model, tokenizer, args.out, flags)}: step {content['step']}, loads with from_pretrained")
+    make_trainable = runpy.run_path(str(ROOT / "train.py"))["make_trainable"]
+    export_saved(args.folder, content, flags, make_trainable, args.out)
+    print(f"{args.out}: step {content['step']}, loads with from_pretrained")
     return 0

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from zerotune.errors import UserError
+from zerotune.run.arguments import BestArguments
 from zerotune.tools.benchmark.cells import OUT_OF_MEMORY
 from zerotune.tools.doctor.finding import fails, fine, hurts, of_problem
 from zerotune.tools.doctor.launch import ROOT, reason_of, run_to_end
@@ -54,8 +55,11 @@ def compared(args, model, train_file, output_dir, accumulation):
         gradient_accumulation_steps=accumulation,
         max_steps=STEPS,
         logging_steps=1,
+        eval_strategy="steps",
         eval_steps=0,
+        save_strategy="steps",
         save_steps=0,
+        **{field.name: field.default for field in dataclasses.fields(BestArguments)},
         profile_steps=0,
         plan_only=False,
         resume_from_checkpoint="none",
