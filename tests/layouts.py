@@ -70,6 +70,7 @@ def campaign(server, folder, family, legs, generator, at_random):
     lost, kills, wrong, before, done = [], 0, [], None, 0
     for number, layout in enumerate([*legs, FIRST]):
         last = number == len(legs)
+        layout = layout if before else FIRST  # without a checkpoint there is nothing to go on from
         target = {"KILLED_AFTER": f"{generator.uniform(0, 0.5):.3f}"} if at_random else {"KILLED_AT": str(done + SAVE_STEPS)}
         more = {} if last else target | {"KILLED_RANK": str(generator.randrange(layout[1]))}
         code, output = start(layout, run, **more)
