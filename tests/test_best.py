@@ -13,8 +13,9 @@ from zerotune.rows.batches import rows_of_step
 from zerotune.run import manifest
 from zerotune.run.arguments import Arguments, check_arguments
 from zerotune.run.best import Best, metric_key
-from zerotune.run.checkpoint import list_checkpoints, remove_old
+from zerotune.run.checkpoint import list_checkpoints
 from zerotune.run.saved_model import newest_whole
+from zerotune.run.saving import remove_old
 from zerotune.run.spikes import FEWEST, WINDOW, LossSpikes
 from zerotune.tools.checkpoint import main as checkpoint_tool
 
