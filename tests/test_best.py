@@ -209,14 +209,14 @@ def test_best_and_stop_are_those_of_one_go(train, options, tmp_path, strategy, p
     assert set(values) <= {3, 6, 8, 11, 14, 16, 19, 22, 24, 27} and min(values, key=values.get) == best
     assert f"of step {best} loads with from_pretrained" in straight.output and "no better in 2 evaluations" in straight.output
 
-    # By two other ways: the export of the checkpoint, and a run that ends at that step, whose engine is exported.
     assert checkpoint_tool(["export", str(straight.folder / f"checkpoint-{best}"), str(tmp_path / "exported")]) == 0
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "exported" / name).read_bytes() == (straight.folder / "final" / name).read_bytes()
-    last = {"load_best_model_at_end": None, "early_stopping_patience": None, "save_steps": 0}
-    short = train(strategy, name="short", **options | last | {"max_steps": best})
-    assert numbers(short, "loss") == numbers(straight, "loss")[:best]
-    assert same_final(short, straight) and short.run["final_step"] == best and short.run["best"] is None
+    if strategy == "zero3":  # by another way: the engine of a run that ends there
+        last = {"load_best_model_at_end": None, "early_stopping_patience": None, "save_steps": 0}
+        short = train(strategy, name="short", **options | last | {"max_steps": best})
+        assert numbers(short, "loss") == numbers(straight, "loss")[:best]
+        assert same_final(short, straight) and short.run["final_step"] == best and short.run["best"] is None
 
     for step in (best - 1, best, stop - 1, stop):
         copy_at(straight.folder, tmp_path / f"at{step}", step)
