@@ -257,7 +257,7 @@ def test_an_evaluation_that_a_signal_cuts_off_is_made_up_for(train, options, tmp
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("strategy, precision", STRATEGIES)
+@pytest.mark.parametrize("strategy, precision", [*STRATEGIES, ("zero2_offload", "bf16")])
 def test_a_loss_spike_is_skipped_on_all_ranks(train, tiny, tmp_path, strategy, precision):
     """One row of 16 is unlike the others: when those are learned, its steps stand out. The run is resumed beside one."""
     rows = [{"source": text(1, 5), "target": "w1 w2 w3"}] * 16

@@ -33,7 +33,12 @@ def take_step(accelerator, optimizer, grad_norm):
     case and skips by itself, so that accelerate's own flag would never be set.
     """
     if accelerator.state.deepspeed_plugin is not None:
-        return accelerator.optimizer_step_was_skipped
+        skipped, inner = accelerator.optimizer_step_was_skipped, optimizer.optimizer
+        if skipped and getattr(inner, "cpu_offload", False):
+            # ZeRO-2 with offload sums 16-bit gradients of several micro-batches in buffers that it does not empty after a skipped
+            # step (zero/stage_1_and_2.py, 3057): the next steps would add to what is not finite.
+            inner.averaged_gradients = dict.fromkeys(inner.averaged_gradients)
+        return skipped
     if accelerator.scaler is not None:
         before = accelerator.scaler.get_scale()
         optimizer.step()
