@@ -381,14 +381,15 @@ def test_a_killed_and_resumed_run_shows_it(train, tiny, rows16, tmp_path):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     run = subprocess.Popen(command, cwd=ROOT, **quiet)
     try:
-        while '"step": 50,' not in (records := read_if_there(folder / "metrics.jsonl")):
+        while '"step": 50,' not in (records := read_if_there(folder / "metrics.jsonl")) or not (folder / "report.html").exists():
             assert run.poll() is None, records
             time.sleep(0.01)
     finally:
         run.send_signal(signal.SIGKILL)
         run.wait()
     content = (folder / "report.html").read_text()
-    assert "running, or cut off, at step 40 of 120" in content and not (folder / "report").exists()
+    drawn = re.search(r"running, or cut off, at step (\d+) of 120", content)  # once the save behind the training was there
+    assert 40 <= int(drawn[1]) < 120 and not (folder / "report").exists()
 
     result = train(None, **options)
     assert "warning: the report" not in result.output
