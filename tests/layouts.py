@@ -92,7 +92,9 @@ def campaign(server, folder, family, legs, generator, at_random):
         "model": family,
         "kills": kills,
         "at": "random moments" if at_random else "each change of layout",
-        "layouts": [" x ".join(map(str, layout)) for layout in legs] if at_random else f"all {len(legs) - 1} ordered pairs",
+        "layouts": [" x ".join(map(str, layout)) for layout in legs]
+        if at_random
+        else f"{len(legs) - 1} of {len(LAYOUTS) * (len(LAYOUTS) - 1)} ordered pairs",
         "steps": len(losses[1]),
         "largest_error_of_a_loss": error,
         "largest_loss_in_steps": max(lost),
