@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from state import state_hash
 
 from zerotune.run import manifest
@@ -125,6 +125,17 @@ def test_changes_are_accepted_by_name(train, tiny, rows16, tmp_path):
     assert "goes on with" not in again.output and again.run["legs"][-1]["from_step"] == 4
     lines = [line for leg in again.run["legs"] for line in leg["changes"]]
     assert "rows a step 12 -> 4" in lines and len(again.run["legs"]) == 3
+    frozen = options | {"freeze": "encoder", "max_steps": 2}
+    train("ddp", name="frozen", **frozen)
+    shutil.copytree(tiny("t5"), tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["encoder.final_layer_norm.weight"][0] += 1e-6  # some ten roundings of one frozen number
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    for strategy in ("ddp", "zero3"):
+        refused = train(strategy, name="frozen", check=False, **frozen | {"model_name_or_path": tmp_path / "other", "max_steps": 3})
+        assert refused.code == 2 and "it belongs to other frozen weights than --model_name_or_path has" in refused.output
+    halved = {"mixed_precision": "bf16", "accept_change": "mixed_precision", "max_steps": 3}
+    assert "--mixed_precision 'no' -> 'bf16'" in train("zero2", name="frozen", **frozen | halved).output
     for words, message in (
         ({"accept_change": "learning_rat"}, "no change that can be accepted (did you mean learning_rate, "),
         ({"accept_change": "freeze"}, "--accept_change freeze: no change that can be accepted"),

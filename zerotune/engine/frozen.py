@@ -12,7 +12,7 @@ MIXING = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed numb
 
 
 def frozen_checksum(accelerator, model, dtype):
-    """Return 16 hexadecimal digits that change with any frozen weight, None if nothing is frozen; a collective.
+    """Return the precision and 16 hexadecimal digits that change with any frozen weight, None if nothing is frozen; a collective.
 
     dtype: the training precision. Without DeepSpeed the weights are float32 whatever it is, and are compared as rounded to it.
 
@@ -35,7 +35,7 @@ def frozen_checksum(accelerator, model, dtype):
         first = start * weights.element_size() // 2
         total += checksum(pairs, first, int.from_bytes(hashlib.sha256(name.encode()).digest()[:3])).to(total.device)
     total = accelerator.reduce(total, reduction="sum") if accelerator.num_processes > 1 else total
-    return f"{total.item() % (1 << 64):016x}"
+    return f"{str(dtype).removeprefix('torch.')} {total.item() % (1 << 64):016x}"
 
 
 def byte_pairs(tensor):

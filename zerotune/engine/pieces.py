@@ -108,9 +108,10 @@ def set_states(optimizer, states):
 
 def as_kept(base, values):
     """Return states with their numbers as the optimizer keeps them: torch's AdamW counts its steps in a float32 tensor."""
-    if isinstance(base, torch.optim.AdamW):
-        return values | {"step": torch.tensor(float(values["step"]))} if "step" in values else values
-    return values | {"step": int(values["step"])} if "step" in values else values
+    if "step" not in values:
+        return values
+    step = values["step"]
+    return values | {"step": torch.tensor(float(step)) if isinstance(base, torch.optim.AdamW) else int(step)}
 
 
 @contextlib.contextmanager

@@ -38,10 +38,10 @@ def file_sha256(path):
 
 
 def tokenizer_identity(tokenizer):
-    """Return a text that differs when the tokenizer does."""
+    """Return a text that differs when the tokenizer does, wherever its files are."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return vocabulary + repr(tokenizer)
+    return vocabulary + repr(tokenizer).replace(repr(tokenizer.name_or_path), "")
 
 
 def load_hub(args):

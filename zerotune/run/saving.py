@@ -77,12 +77,10 @@ class Saver:
 
     def has_room(self, size):
         """Tell whether copies of `size` bytes on each process of this machine fit into its memory; say so once."""
-        here, free = 1 + len(processes.neighbours()), free_host_bytes() - given_back()
-        fits = size * here <= ROOM * free
+        here, free = 1 + len(processes.neighbours()), free_host_bytes()
+        fits = (size + given_back()) * here <= ROOM * free
         if not self.told:
-            words = (
-                f"saves: {size * here / GIB:.3f} GiB a node are copied to host memory ({max(0, free) / GIB:.3f} free) and written"
-            )
+            words = f"saves: {size * here / GIB:.3f} GiB a node are copied to host memory ({free / GIB:.3f} free) and written"
             self.monitor.console.say(f"{words} {'behind the training' * fits or 'while it waits, as they do not fit'}")
         self.told = True
         return fits
@@ -106,11 +104,9 @@ class Saver:
             self.tell()
 
     def time_is_up(self):
-        """Tell, on the main process, whether a save is due by the clock, or to know what one costs (--save_steps auto)."""
+        """Tell, on the main process, whether a save is due by the clock; by --save_steps auto the first is, to know its cost."""
         if not self.accelerator.is_main_process or self.job is not None:
             return False
-        if self.automatic and self.last_step is None:
-            return True  # its cost is to be known
         every = [self.args.save_every_seconds] if self.args.save_every_seconds else []
         if self.automatic:
             every.append(best_interval(self.cost, 3600 * self.args.mean_hours_between_failures))

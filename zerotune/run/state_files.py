@@ -177,21 +177,20 @@ def load(accelerator, model, optimizer, folder):
     """
     saved, found = SavedState(folder), pieces(model, optimizer)
     check(saved, accelerator, model, optimizer)
-    states, owners = defaultdict(dict), {}
+    label, states, owners = undivided(accelerator, optimizer, accelerator.process_index), defaultdict(dict), {}
     for piece in found:
-        own, owners[piece.number, piece.name] = states[id(piece.owner)], piece.owner
+        own = states[id(piece.owner)]
+        owners[str(piece.number) if label else piece.name] = piece.owner
         saved.fill(piece.of(piece.owner), WEIGHT, piece.name, piece.start)
         for kind, dtype in saved.optimizer_states(piece.name).items():
             if kind not in own:
                 own[kind] = torch.zeros_like(piece.owner, dtype=dtype, requires_grad=False)
             saved.fill(piece.of(own[kind]), kind, piece.name, piece.start)
         own |= saved.numbers[piece.name]
-    label, by_number = undivided(accelerator, optimizer, accelerator.process_index), {n: owner for (n, _), owner in owners.items()}
-    by_name = {name: owner for (_, name), owner in owners.items()}
     for name, file in saved.whole.items():
         kind, number, where = name.removeprefix(WHOLE).split("/", 2)
         if where == label or not label:
-            owner = by_number[int(number)] if label else by_name[where]
+            owner = owners[number if label else where]
             states[id(owner)][kind] = file.get_tensor(name).to(owner.device)
     set_states(optimizer, states)
     with torch.no_grad():
