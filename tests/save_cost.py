@@ -24,6 +24,7 @@ def measure():
     """Be a rank: train one step, then save again and again; the main process prints its seconds as JSON."""
     import train
     from zerotune.run.arguments import arguments_or_exit
+    from zerotune.run.saving import copied, size_of
     from zerotune.run.state_files import tensors_to_save
 
     run = train.setup(arguments_or_exit())
@@ -32,15 +33,15 @@ def measure():
     train.load_model(run)
     train.accompany(run, train.resume(run))
     train.train(run, 0)
+    copies = {}
     found = {"copy": [], "stall": [], "waited_for": []}
     for repeat in range(1, REPEATS + 1):
         run.accelerator.wait_for_everyone()
         begin = time.perf_counter()
         tensors, _ = tensors_to_save(run.accelerator, run.model, run.optimizer)
-        copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        copies = copied(tensors, copies)
         found["copy"].append(time.perf_counter() - begin)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in copies.values())
-        del copies
+        size = sum(map(size_of, copies.values()))
         begin = time.perf_counter()
         run.saver.save(repeat)
         found["stall"].append(time.perf_counter() - begin)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import text
-from state import state_hash
+from state import copy_at, state_hash
 
 from zerotune.engine.schedule import Schedule
 from zerotune.rows.batches import rows_of_step
@@ -169,16 +169,6 @@ def options(tiny, tmp_path):
         "predict_with_generate": "false", "eval_strategy": "epoch", "save_steps": 4, "save_total_limit": 1,
         "load_best_model_at_end": True, "early_stopping_patience": 2,
     }  # fmt: skip
-
-
-def copy_at(source, target, step):
-    """Copy a run as a kill leaves it when checkpoint-<step> is its newest: later records and a half-written save are there."""
-    shutil.copytree(source, target)
-    for number, folder in list_checkpoints(target):
-        if number > step:
-            shutil.rmtree(folder)
-    shutil.rmtree(target / "final")
-    (target / f"checkpoint-{step + 1}.tmp").mkdir()
 
 
 def numbers(run, key):

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, text
 from corruption import KINDS, damage
 from full_disk import fill, measure
-from state import state_hash
+from state import copy_at, state_hash
 from torture import campaign, demo_flags, ranks_of, start, wait_for_training
 
 from zerotune.errors import UserError
@@ -30,16 +30,6 @@ OPTIONS = {
     "logging_steps": 1,
     "save_total_limit": 20,
 }
-
-
-def copy_up_to(source, target, step):
-    """Copy a run as it was when checkpoint-<step> had just been written, its later records and a half-written save included."""
-    shutil.copytree(source, target)
-    for number, folder in list_checkpoints(target):
-        if number > step:
-            shutil.rmtree(folder)
-    shutil.rmtree(target / "final")
-    (target / f"checkpoint-{step + 1}.tmp").mkdir()
 
 
 # (strategy, processes, precision, frozen): 32 steps of 2 x 2 x processes rows; 16 rows are an epoch.
@@ -71,7 +61,7 @@ def test_resume_is_bitwise(train, tiny, rows16, strategy, processes, precision, 
     border = 16 // (4 * processes)
     steps = {border, random.Random(f"{strategy}{precision}").choice([step for step in range(1, 7) if step != border])}
     for step in sorted(steps) if strategy in (None, "ddp", "zero3") else [border]:
-        copy_up_to(straight.folder, straight.folder.with_name(f"at{step}"), step)
+        copy_at(straight.folder, straight.folder.with_name(f"at{step}"), step)
         again = train(strategy, processes=processes, name=f"at{step}", **options)
         assert again.run["resumed_from"].endswith(f"checkpoint-{step}")
         assert state_hash(again.folder / "checkpoint-7") == state_hash(last)

@@ -40,6 +40,7 @@ class Saver:
         self.last_time, self.cost = time.monotonic(), 0.0  # seconds for which the training stood still for the newest save
         self.automatic = args.save_steps == "auto"
         self.job, self.told = None, False
+        self.copies = {}  # kept from save to save: the first touch of fresh memory takes longer than the copy into it
         # Agreements of a write behind the training go through a group of their own, whose order no other collective disturbs.
         several = accelerator.num_processes > 1
         self.group = dist.new_group(backend="gloo", timeout=processes.COLLECTIVE_TIMEOUT) if several else None
@@ -58,12 +59,11 @@ class Saver:
             return
         with monitor.paused():
             tensors, metadata = state_files.tensors_to_save(accelerator, self.model, self.optimizer)
-            behind = self.has_room(sum(t.numel() * t.element_size() for t in tensors.values()))
-            if behind:
-                tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+            behind = self.has_room(sum(map(size_of, tensors.values())))
+            self.copies = copied(tensors, self.copies) if behind else {}
             content = self.facts | self.counts | {name: state() for name, state in self.states.items()}
             content |= {"format": FORMAT, "step": step, "scaler": scaler_state(accelerator, self.optimizer)}
-            self.job = Job(self, begin, content, tensors, metadata)
+            self.job = Job(self, begin, content, self.copies or tensors, metadata)
             if behind:
                 self.job.thread.start()
             else:
@@ -77,8 +77,8 @@ class Saver:
 
     def has_room(self, size):
         """Tell whether copies of `size` bytes on each process of this machine fit into its memory; say so once."""
-        here, free = 1 + len(processes.neighbours()), free_host_bytes()
-        fits = (size + given_back()) * here <= ROOM * free
+        here, free, held = 1 + len(processes.neighbours()), free_host_bytes(), sum(map(size_of, self.copies.values()))
+        fits = (size - held + given_back()) * here <= ROOM * free
         if not self.told:
             words = f"saves: {size * here / GIB:.3f} GiB a node are copied to host memory ({free / GIB:.3f} free) and written"
             self.monitor.console.say(f"{words} {'behind the training' * fits or 'while it waits, as they do not fit'}")
@@ -111,6 +111,21 @@ class Saver:
         if self.automatic:
             every.append(best_interval(self.cost, 3600 * self.args.mean_hours_between_failures))
         return bool(every) and time.monotonic() - self.last_time >= min(every)
+
+
+def size_of(tensor):
+    """Return the bytes of a tensor."""
+    return tensor.numel() * tensor.element_size()
+
+
+def copied(tensors, copies):
+    """Return {name: copy in host memory} of tensors, in the memory of earlier copies where they are alike."""
+    made = {}
+    for name, tensor in tensors.items():
+        old = copies.get(name)
+        alike = old is not None and (old.shape, old.dtype) == (tensor.shape, tensor.dtype)
+        made[name] = old.copy_(tensor) if alike else tensor.to("cpu", copy=True)
+    return made
 
 
 class Job:

@@ -25,8 +25,9 @@ def write_pictures(charts, folder):
     written = []
     Path(folder).mkdir(parents=True, exist_ok=True)
     for chart in charts:
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(6.4, 3.6))
+        left = 0.35 if isinstance(chart, Bars) else 0.14  # given, as laying out by what is drawn would draw everything twice
+        axes = figure.add_axes((left, 0.14, 0.97 - left, 0.72))
         if not (draw_bars if isinstance(chart, Bars) else draw_curves)(axes, chart):
             continue
         axes.set_title(chart.title, loc="left")
@@ -76,6 +77,7 @@ def draw_curves(axes, chart):
         axes.set_ylim(bottom=0)
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(frameon=False, fontsize="small")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(chart.x_name)
     axes.set_ylabel(chart.unit)
     return drawn
