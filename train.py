@@ -48,7 +48,7 @@ from zerotune.model.freezing import apply_rules
 from zerotune.model.loss import chunk_loss, count_targets, token_loss_sum
 from zerotune.model.quantization import quantization_config
 from zerotune.rows.collation import Collator, TrainingSteps
-from zerotune.rows.data import Data, describe
+from zerotune.rows.data import Data, describe, marked
 from zerotune.run import checkpoint, records
 from zerotune.run.autopsy import explained
 from zerotune.run.best import Best, Calendar
@@ -122,6 +122,8 @@ def load_rows(run):
     run.data_report = run.data.report()
     for split, facts in run.data_report.items():
         run.console.say(f"data: {describe(split, facts)}")
+    if args.messages_column:
+        run.console.say(f"data: what is learned of a row: {marked(run.data.rows['train'][0], run.tokenizer)}")
     wanted = args.task, args.metric, len(run.data.rows) > 1
     run.metrics = processes.first_on_each_node(accelerator, lambda: metrics_before_training(*wanted))
     run.data_report["tokenised_on_ranks"] = processes.ranks_where(any(run.data.built.values()), accelerator)

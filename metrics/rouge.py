@@ -1,4 +1,7 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L F-measures, means over the rows, from 0 to 1 (Lin 2004, as in Google's rouge_score)."""
+"""ROUGE-1, ROUGE-2 and ROUGE-L F-measures, means over the rows, from 0 to 1 (Lin 2004, as in Google's rouge_score).
+
+Of several references of a row the one that scores best counts, for each of the three by itself (Lin 2004, section 2.1).
+"""
 
 import datasets
 import evaluate
@@ -9,10 +12,12 @@ KINDS = ["rouge1", "rouge2", "rougeL"]
 
 class Rouge(evaluate.Metric):
     def _info(self):
-        texts = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
-        return evaluate.MetricInfo(description=__doc__, citation="", inputs_description="", features=texts)
+        text = datasets.Value("string")
+        forms = [datasets.Features({"predictions": text, "references": kind}) for kind in (text, datasets.List(text))]
+        return evaluate.MetricInfo(description=__doc__, citation="", inputs_description="", features=forms)
 
     def _compute(self, predictions, references):
         scorer = rouge_scorer.RougeScorer(KINDS)
-        scores = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references, strict=True)]
+        references = [[texts] if isinstance(texts, str) else texts for texts in references]
+        scores = [scorer.score_multi(texts, prediction) for prediction, texts in zip(predictions, references, strict=True)]
         return {kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in KINDS}

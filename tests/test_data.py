@@ -53,7 +53,7 @@ def load(path, tokenizer, **flags):
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
 def test_formats_give_the_same_rows(tmp_path, tokenizer, suffix):
     rows = load(write(tmp_path / f"rows{suffix}"), tokenizer, source_prefix="w9 ").rows["train"]
-    assert rows["reference"][:] == [row["target"] for row in ROWS]
+    assert rows["references"][:] == [[row["target"]] for row in ROWS]
     assert rows["input_ids"][:] == [tokenizer("w9 " + row["source"])["input_ids"] for row in ROWS]
     assert rows["labels"][:] == [tokenizer(row["target"])["input_ids"] for row in ROWS]
 
@@ -167,7 +167,7 @@ def test_processes_that_tokenise_do_not_change_a_byte(tmp_path, tokenizer, monke
     assert len(files) == 2 and files[0].read_bytes() == files[1].read_bytes()
     monkeypatch.setattr("zerotune.rows.data.read_rows", None)
     again = load(path, tokenizer)
-    assert not again.built["train"] and again.rows["train"]["reference"][:3] == [f"w0 {row['target']}" for row in ROWS]
+    assert not again.built["train"] and again.rows["train"]["references"][:3] == [[f"w0 {row['target']}"] for row in ROWS]
 
 
 def test_every_example_once_an_epoch():
@@ -274,3 +274,15 @@ def test_rows_longer_than_the_model_are_refused(tmp_path, tokenizer):
     flags = {"task": "causal", "train_file": str(path), "test_file": str(path), "max_target_length": 8}
     with pytest.raises(UserError, match="longest prompt and generation have 12 tokens, but the model has 11 positions"):
         Data(Arguments(**flags), tokenizer, max_positions=11)
+
+
+def test_several_references(tmp_path, tokenizer):
+    rows = [{"source": "w1", "target": ["w2 w3", "w4"]}, {"source": "w5", "target": "w6"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    data = load(path, tokenizer, validation_file=str(path))
+    assert data.rows["train"]["references"][:] == [["w2 w3", "w4"], ["w6"]] and len(data.rows["train"]) == 2
+    data = load(path, tokenizer, validation_file=str(path), targets="all")
+    assert data.rows["train"]["labels"][:] == [tokenizer(target)["input_ids"] for target in ("w2 w3", "w4", "w6")]
+    assert len(data.rows["validation"]) == 2, "an evaluation counts each row once"
+    with pytest.raises(UserError, match="column 'target' is int, not text"):
+        load(write(tmp_path / "bad.jsonl", [{"source": "w1", "target": ["w2", 3]}]), tokenizer)

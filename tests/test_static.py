@@ -153,6 +153,12 @@ def test_worked_examples_run(script, tmp_path, tiny, rows16):
         "SOURCE": "source", "TARGET": "target", "TEXT": "source", "LABEL": "label", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     words = ["bash", str(ROOT / "scripts" / f"{script}.sh"), "--max_steps", "2", "--max_source_length", "60"]
+    if script == "phi_qlora":
+        chats = tmp_path / "chats.jsonl"
+        turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+        chats.write_text(f"{json.dumps({'messages': turns})}\n" * 16)
+        environment["TRAIN_FILE"] = str(chats)
+        words += ["--chat_template", str(ROOT / "tests" / "chat_templates" / "words.jinja")]
     done = subprocess.run(words, env={**os.environ, **environment}, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     run = json.loads((tmp_path / "out" / "run.json").read_text())

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from zerotune.errors import UserError
 from zerotune.model.adapters import add_tokens
 from zerotune.model.quantization import prepare_quantized
+from zerotune.rows.chat import load_template
 
 logging.disable_progress_bar()  # of loading and saving: a run's log is for its own lines
 
@@ -52,6 +53,8 @@ def load_config_and_tokenizer(args):
     except (OSError, ValueError) as error:
         raise UserError(f"--tokenizer_name {name}: {first_line(error)}") from None
     check_tokenizer(tokenizer, name, args)
+    if args.messages_column:
+        load_template(tokenizer, args)
     add_tokens(tokenizer, args.trainable_tokens)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

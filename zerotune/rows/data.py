@@ -23,7 +23,9 @@ import pyarrow.compute as pc
 
 from zerotune.errors import UserError
 from zerotune.flags import ROWS, names_deciding
-from zerotune.rows.encoding import FORMAT, encode
+from zerotune.rows import IGNORE
+from zerotune.rows.chat import Chats
+from zerotune.rows.encoding import CUT_AWAY, FORMAT, encode
 from zerotune.rows.files import read_rows
 
 ROWS_FILE = "rows.arrow"
@@ -66,6 +68,10 @@ def load_split(split, args, tokenizer, identity, hub):
     source = file_sha256(path) if path is not None else hub[split]._fingerprint
     flags = (getattr(args, name) for name in names_deciding(args, ROWS))
     parts = [FORMAT, source, Path(path).suffix if path else "", *flags]
+    chats = Chats(tokenizer, args) if args.messages_column else None
+    parts += [tokenizer.chat_template] * bool(chats)
+    all_targets = args.targets == "all" and split == "train"  # evaluations count each row once
+    parts += ["all targets"] * all_targets
     digest = hashlib.sha256((json.dumps(parts) + identity).encode()).hexdigest()[:32]
     root = Path(datasets.config.HF_DATASETS_CACHE) / "zerotune"
     folder, built = root / f"{digest}-{LAYOUT}", False
@@ -75,7 +81,7 @@ def load_split(split, args, tokenizer, identity, hub):
             done = Path(scratch) / "done"
             done.mkdir()
             records = records_of(path, hub[split] if path is None else None, scratch)
-            if write_rows(done / ROWS_FILE, records, tokenizer, args) == 0:
+            if write_rows(done / ROWS_FILE, records, args, (tokenizer, args, chats, all_targets)) == 0:
                 raise UserError(f"{path or args.dataset_name}: the {split} split has no rows")
             try:
                 os.rename(done, folder)
@@ -86,12 +92,15 @@ def load_split(split, args, tokenizer, identity, hub):
     return datasets.Dataset.from_file(str(folder / ROWS_FILE)), digest, built
 
 
-def write_rows(path, records, tokenizer, args):
-    """Tokenise (line, record, error) tuples into an Arrow file, with several processes if the flags say so; return their number."""
+def write_rows(path, records, args, given):
+    """Tokenise (line, record, error) tuples into an Arrow file, with several processes if the flags say so; return their number.
+
+    given: the further arguments of encode.
+    """
     count, writer = 0, None
     chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])
     with contextlib.ExitStack() as stack:
-        for batch in encoded(chunks, tokenizer, args, stack):
+        for batch in encoded(chunks, args, given, stack):
             if writer is None:
                 writer = stack.enter_context(
                     pa.RecordBatchStreamWriter(stack.enter_context(pa.OSFile(str(path), "wb")), batch.schema)
@@ -101,14 +110,14 @@ def write_rows(path, records, tokenizer, args):
     return count
 
 
-def encoded(chunks, tokenizer, args, stack):
+def encoded(chunks, args, given, stack):
     """Yield the record batches of chunks of records, in their order; not more than a few chunks are in memory at a time."""
     if args.preprocessing_num_workers == 1:
         for chunk in chunks:
-            yield encode(chunk, tokenizer, args)
+            yield encode(chunk, *given)
         return
     workers, fork = args.preprocessing_num_workers, multiprocessing.get_context("fork")  # the tokenizer goes along unpickled
-    pool = stack.enter_context(ProcessPoolExecutor(workers, fork, initializer=give, initargs=(tokenizer, args)))
+    pool = stack.enter_context(ProcessPoolExecutor(workers, fork, initializer=give, initargs=given))
     waiting = deque()
     for chunk in chunks:
         waiting.append(pool.submit(encode_given, chunk))
@@ -118,7 +127,7 @@ def encoded(chunks, tokenizer, args, stack):
         yield waiting.popleft().result()
 
 
-GIVEN = []  # a worker's tokenizer and flags
+GIVEN = []  # to a worker: the further arguments of encode
 
 
 def give(*values):
@@ -166,7 +175,8 @@ def bad_rows(rows, name, known_labels=None):
             problem = f"label {labels[int(index)].as_py()!r} is outside the set {', '.join(known_labels)}"
             found.setdefault(int(index), problem)
     good = np.delete(np.arange(len(rows)), sorted(found))
-    return [f"{name}:{lines[index]}: {found[index]}" for index in sorted(found)], good
+    bad = [f"{name}:{lines[index]}: {found[index]}" for index in sorted(found) if found[index] != CUT_AWAY]
+    return bad, good
 
 
 def sort_labels(labels):
@@ -184,7 +194,7 @@ class Data:
         model_labels: class names that the model already knows. max_positions: the longest input that it can take, in tokens.
         vocab_size: its number of embeddings. A hub's test split without a single good row (labels withheld) is left out.
         """
-        self.rows, self.lengths, self.digests, self.bad, self.built = {}, {}, {}, {}, {}
+        self.rows, self.lengths, self.digests, self.bad, self.cut_away, self.built = {}, {}, {}, {}, {}, {}
         names = {split: getattr(args, flag) or f"{args.dataset_name}[{split}]" for split, flag in SPLITS.items()}
         identity, hub = tokenizer_identity(tokenizer), load_hub(args)
         for split in SPLITS:
@@ -207,9 +217,10 @@ class Data:
             if bad and not args.skip_bad_rows:
                 more = f" (the first ten of {len(bad)})" if len(bad) > 10 else ""
                 problems += [f"{len(bad)} bad rows in {names[split]}{more}; mend them or pass --skip_bad_rows", *bad[:10]]
-            elif bad:
+            elif len(good) < len(rows):
                 self.rows[split] = rows.select(good)
-            if bad and not len(good):
+            self.cut_away[split] = len(rows) - len(good) - len(bad)
+            if not len(good):
                 problems.append(f"{names[split]}: no good row is left")
             self.lengths[split] = numbers(self.rows[split], "length")
             problems += self.limits(split, names[split], args, max_positions, vocab_size)
@@ -257,6 +268,7 @@ class Data:
                     "tokens": int(cut.sum()),
                     "longest_cut": int(cut.max()),
                 }
+            facts["rows_without_targets_after_the_cut"] = self.cut_away[split]
             if self.labels is not None:
                 counts = pc.value_counts(column(rows, "label")).to_pylist()
                 facts["labels"] = {count["values"]: count["counts"] for count in counts}
@@ -272,4 +284,19 @@ def describe(split, facts):
         cut = facts[f"truncated_{part}s"]
         if cut["rows"]:
             text += f"; {cut['rows']:,} {part}s truncated by {cut['tokens']:,} tokens (one by {cut['longest_cut']:,})"
+    if gone := facts["rows_without_targets_after_the_cut"]:
+        text += f"; {gone:,} rows left out, of whose targets the cut left nothing"
     return text
+
+
+def marked(row, tokenizer, limit=1000):
+    """Return a causal row as text, what is learned of it between marks, and no more than about `limit` characters of each part."""
+    learned = [False, *(label != IGNORE for label in row["labels"][:-1])]
+    parts, count, done = [], 0, ""
+    for learns, tokens in itertools.groupby(learned):
+        count += len(list(tokens))
+        text = tokenizer.decode(row["input_ids"][:count])  # of all so far: by itself a part loses the spaces at its ends
+        part, done = text[len(done) :], text
+        part = part if len(part) <= limit else f"{part[: limit // 2]} ... {part[-limit // 2 :]}"
+        parts.append(f"⟦{part}⟧" if learns else part)
+    return "".join(parts)

@@ -3,20 +3,23 @@
 input_ids    list[int]  the encoder's (or classifier's) input; causal: prompt and target in one
 labels       list[int]  the tokens to predict; causal: as long as input_ids and already shifted, -100 where nothing is predicted
 label        str        the class (classification)
-reference    str        the target text as it was given
+references   list[str]  the target texts as they were given
 prompt_length int       tokens of input_ids that are given at generation (causal pairs)
 length       int        tokens of the encoder's and the decoder's input together; longest_side: of the longer one; largest_id
 num_targets, source_cut, target_cut, line   int; error  str, empty for a good row
 """
+
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
 from zerotune.errors import nearest
 from zerotune.rows import IGNORE
+from zerotune.rows.chat import messages_of
 
-FORMAT = 3  # of the cached rows: raise it when encode() changes what it writes
-LISTS = ("input_ids", "labels")
+FORMAT = 4  # of the cached rows: raise it when encode() changes what it writes
+CUT_AWAY = "nothing to learn is left after the cut"  # no bad row: it is left out and counted
 
 
 def text_of(record, column, flag, allow_empty=False):
@@ -35,19 +38,49 @@ def text_of(record, column, flag, allow_empty=False):
     return value
 
 
-def fields_of(record, args):
-    """Return (source or None, target or None, label) texts of one row for args.task; raise ValueError."""
+@dataclass
+class Row:
+    """A row on its way: the texts of its record, then its tokens."""
+
+    line: int
+    error: str = ""
+    source: str = ""
+    target: str = ""
+    label: str = ""
+    references: list = field(default_factory=list)
+    messages: list = field(default_factory=list)
+    given: dict = field(default_factory=dict)  # what goes to the chat template beside the messages
+    ids: list = field(default_factory=list)
+    labels: list = field(default_factory=list)
+    prompt_length: int = 0
+    source_cut: int = 0
+    target_cut: int = 0
+
+
+def rows_of(line, record, args, chats, all_targets):
+    """Return the Rows, of texts yet, of one record for args.task; raise ValueError.
+
+    all_targets: a list of targets makes a row of each; else the first is learned from, and all are references.
+    """
     if args.task == "classification":
         text = text_of(record, args.text_column or "text", "text_column")
         label = record.get(args.label_column)
         if isinstance(label, float) or not isinstance(label, (str, int)) or label == "":
             found = "missing or empty" if label in (None, "") else f"{type(label).__name__}, not text or a whole number"
             raise ValueError(f"column {args.label_column!r} is {found}; see --label_column")
-        return text, None, str(label)
+        return [Row(line, source=text, label=str(label))]
+    if chats:
+        return [Row(line, messages=messages_of(record, args.messages_column), given=chats.given(record, args.messages_column))]
     if args.task == "causal" and args.text_column:
-        return None, text_of(record, args.text_column, "text_column"), ""
+        text = text_of(record, args.text_column, "text_column")
+        return [Row(line, target=text, references=[text])]
     source = text_of(record, args.source_column, "source_column", allow_empty=True)
-    return source, text_of(record, args.target_column, "target_column"), ""
+    targets = record.get(args.target_column)
+    if isinstance(targets, list) and targets:
+        targets = [text_of({args.target_column: target}, args.target_column, "target_column") for target in targets]
+    else:
+        targets = [text_of(record, args.target_column, "target_column")]
+    return [Row(line, source=source, target=target, references=targets) for target in targets[: None if all_targets else 1]]
 
 
 def tokenise(tokenizer, texts, max_length, side="text", **options):
@@ -63,18 +96,27 @@ def tokenise(tokenizer, texts, max_length, side="text", **options):
     return ids, cut
 
 
-def encode(chunk, tokenizer, args):
-    """Return the tokenised rows, a pyarrow.RecordBatch of the columns above, of a list of (line, record, error)."""
-    errors, fields = [error for _, _, error in chunk], []
-    for index, (_, record, error) in enumerate(chunk):
-        try:
-            fields.append(fields_of(record, args) if not error else ("", "", ""))
-        except ValueError as error:
-            errors[index] = str(error)
-            fields.append(("", "", ""))
-    sources = [f"{args.source_prefix}{source or ''}" for source, _, _ in fields]
-    targets = [target or "" for _, target, _ in fields]
+def encode(chunk, tokenizer, args, chats=None, all_targets=False):
+    """Return the tokenised rows, a pyarrow.RecordBatch of the columns above, of a list of (line, record, error).
+
+    chats: the chat.Chats of --messages_column; all_targets: as rows_of.
+    """
     rows = []
+    for line, record, error in chunk:
+        try:
+            rows += [Row(line, error=error)] if error else rows_of(line, record, args, chats, all_targets)
+        except ValueError as problem:
+            rows.append(Row(line, error=str(problem)))
+    if chats:
+        rows = chat_rows(rows, tokenizer, args, chats)
+    else:
+        add_tokens(rows, tokenizer, args)
+    return columns(rows, args.task)
+
+
+def add_tokens(rows, tokenizer, args):
+    """Give rows of sources and targets their tokens."""
+    sources, targets = [f"{args.source_prefix}{row.source}" for row in rows], [row.target for row in rows]
     if args.task == "causal":
         suffix = "\n" if args.source_suffix is None else args.source_suffix
         suffix_ids = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
@@ -83,45 +125,112 @@ def encode(chunk, tokenizer, args):
         alone = bool(args.text_column)  # one text a row: the tokenizer's own special tokens, all of it learned
         limit = args.max_source_length if alone else args.max_target_length
         answers, target_cut = tokenise(tokenizer, targets, limit - len(eos), add_special_tokens=alone)
-        for index, answer in enumerate(answers):
-            prompt = [] if alone else prompts[index] + suffix_ids
-            ended = answer if target_cut[index] or answer[-1:] == eos else answer + eos
-            ids = prompt + ended
-            labels = ([IGNORE] * len(prompt) + ended)[1:] + [IGNORE]
-            rows.append((ids, labels, len(prompt)))
+        for row, prompt, answer, cut in zip(rows, prompts, answers, target_cut, strict=True):
+            prompt = [] if alone else prompt + suffix_ids
+            ended = answer if cut or answer[-1:] == eos else answer + eos
+            row.ids, row.prompt_length = prompt + ended, len(prompt)
+            row.labels = shifted([IGNORE] * len(prompt) + ended)
         source_cut = [0] * len(rows) if alone else source_cut
     else:
-        suffixed = [source + (args.source_suffix or "") for source in sources]
-        inputs, source_cut = tokenise(tokenizer, suffixed, args.max_source_length)
+        inputs, source_cut = tokenise(
+            tokenizer, [source + (args.source_suffix or "") for source in sources], args.max_source_length
+        )
         if args.task == "seq2seq":
             labels, target_cut = tokenise(tokenizer, targets, args.max_target_length, side="text_target")
         else:
             labels, target_cut = [[0]] * len(inputs), [0] * len(inputs)  # the class number is filled in by the collator
-        rows = [(ids, label, 0) for ids, label in zip(inputs, labels, strict=True)]
-    ids, labels = (pa.array(part, pa.list_(pa.int32())) for part in ([row[0] for row in rows], [row[1] for row in rows]))
+        for row, ids, label in zip(rows, inputs, labels, strict=True):
+            row.ids, row.labels = ids, label
+    for row, *cut in zip(rows, source_cut, target_cut, strict=True):
+        row.source_cut, row.target_cut = cut
+
+
+def shifted(labels):
+    """Return the labels of a causal row one place to the left: what a position predicts is the token after it."""
+    return labels[1:] + [IGNORE]
+
+
+def chat_rows(rows, tokenizer, args, chats):
+    """Return rows of conversations with their tokens; a conversation may give several, and too long ones are cut."""
+    good = [row for row in rows if not row.error]
+    made = {}
+    for row, found in zip(good, chats.all_pieces([(row.messages, row.given) for row in good]), strict=True):
+        if isinstance(found, ValueError):
+            row.error = str(found)
+        else:
+            made[id(row)] = found
+    pairs = [(row, piece) for row in good for piece in made.get(id(row), ())]
+    inner = tokenizer.backend_tokenizer  # without the lists that the outer one makes of all that it knows
+    inner.no_truncation()
+    inner.no_padding()
+    encodings = inner.encode_batch([piece.text for _, piece in pairs], add_special_tokens=False)
+    result = [row for row in rows if row.error]
+    for (row, piece), encoding in zip(pairs, encodings, strict=True):
+        limit, before, messages = args.max_source_length, len(encoding), row.messages
+        error, refuses = "", args.truncation == "refuse"
+        while len(encoding) > limit and args.truncation == "oldest_turns":
+            if (shorter := chats.without_oldest(piece, messages, row.given)) is None:
+                break
+            piece, messages = shorter
+            encoding = inner.encode(piece.text, add_special_tokens=False)
+        ids = encoding.ids  # a list that is made each time
+        if len(ids) > limit and refuses:
+            error = f"{len(ids)} tokens, but --max_source_length is {limit}; raise it, or give another --truncation"
+        labels = [IGNORE] * len(ids)
+        for begin, end in (tokens_between(encoding, *span) for span in piece.spans):
+            labels[begin:end] = ids[begin:end]
+        answer = messages[piece.turn].get("content", "")
+        result.append(
+            Row(
+                row.line,
+                error,
+                references=[answer],
+                ids=ids[:limit],
+                labels=shifted(labels[:limit]),
+                prompt_length=min(limit, tokens_between(encoding, piece.start, len(piece.text))[0]),
+                source_cut=before - len(ids),
+                target_cut=max(0, len(ids) - limit),
+            )
+        )
+    return sorted(result, key=lambda row: row.line)
+
+
+def tokens_between(encoding, begin, end):
+    """Return (the first token that begins at character `begin` or later, one past the last that ends at `end` or before)."""
+    while begin < end and (first := encoding.char_to_token(begin)) is None:  # a character that no token has, such as a space
+        begin += 1
+    if begin == end:
+        return len(encoding), len(encoding)
+    first += encoding.token_to_chars(first)[0] < begin
+    while (last := encoding.char_to_token(end - 1)) is None:
+        end -= 1
+    return first, last + (encoding.token_to_chars(last)[1] <= end)
+
+
+def columns(rows, task):
+    """Return rows as a pyarrow.RecordBatch of the columns above; one that has no target, though nothing was cut, is a bad one."""
+    ids, labels = (pa.array(part, pa.list_(pa.int32())) for part in ([row.ids for row in rows], [row.labels for row in rows]))
     # Over the flat tokens of all rows at once: a row's share of them lies between two offsets.
     lengths = [np.diff(part.offsets.to_numpy()) for part in (ids, labels)]
     num_targets = per_row(np.add, labels.flatten().to_numpy() != IGNORE, lengths[1])
     for index in np.flatnonzero(num_targets == 0):
-        errors[index] = errors[index] or "no target token is left to learn from"
+        cut = rows[index].source_cut or rows[index].target_cut
+        rows[index].error = rows[index].error or (CUT_AWAY if cut else "no target token is left to learn from")
     largest = [per_row(np.maximum, part.flatten().to_numpy(), sizes) for part, sizes in zip((ids, labels), lengths, strict=True)]
-    columns = {
-        "input_ids": ids,
-        "labels": labels,
-        "prompt_length": [row[2] for row in rows],
-        "length": lengths[0] + (lengths[1] if args.task == "seq2seq" else 0),
+    numbers = {
+        "prompt_length": [row.prompt_length for row in rows],
+        "length": lengths[0] + (lengths[1] if task == "seq2seq" else 0),
         "longest_side": np.maximum(*lengths),
         "largest_id": np.maximum(*largest),
         "num_targets": num_targets,
-        "source_cut": source_cut,
-        "target_cut": target_cut,
-        "line": [line for line, _, _ in chunk],
+        "source_cut": [row.source_cut for row in rows],
+        "target_cut": [row.target_cut for row in rows],
+        "line": [row.line for row in rows],
     }
-    texts = {"label": [label for _, _, label in fields], "reference": targets, "error": errors}
-    arrays = {name: pa.array(values, pa.string()) for name, values in texts.items()}
-    for name, values in columns.items():
-        arrays[name] = values if name in LISTS else pa.array(values, pa.int64())
-    return pa.RecordBatch.from_pydict(arrays)
+    arrays = {name: pa.array([getattr(row, name) for row in rows], pa.string()) for name in ("label", "error")}
+    arrays["references"] = pa.array([row.references for row in rows], pa.list_(pa.string()))
+    arrays |= {"input_ids": ids, "labels": labels}
+    return pa.RecordBatch.from_pydict(arrays | {name: pa.array(values, pa.int64()) for name, values in numbers.items()})
 
 
 def per_row(operation, values, sizes):

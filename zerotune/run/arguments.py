@@ -4,11 +4,8 @@ Flags carry their transformers.TrainingArguments name where the meaning is the s
 decides (stage, offload, number of processes) is no flag.
 """
 
-import os
 import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from zerotune.engine.ending import exit_with
@@ -27,7 +24,7 @@ from zerotune.flags import (
     names_deciding,
     out_of_range,
 )
-from zerotune.run.checks import check_best, check_savers
+from zerotune.run.checks import REQUIRED, check_best, check_files, check_rows, check_savers
 from zerotune.run.parsing import parse
 
 POSITIVE_OR_MINUS_ONE = (lambda value: value == -1 or value > 0, "must be greater than 0, or -1")
@@ -65,6 +62,21 @@ class DataArguments:
     text_column: str | None = flag(
         None, "Column of the text: classification (default: text), or causal rows that are one text, all of it learned.", ROWS
     )
+    messages_column: str | None = flag(
+        None, "Column of a conversation (causal): a list of role and content, or of ShareGPT's from and value.", ROWS
+    )
+    chat_template: str | None = flag(
+        None, "Jinja file by which conversations become text. Default: the tokenizer's own.", CONTENT, unit="file"
+    )
+    train_on: Literal["assistant", "last", "all"] = flag(
+        "assistant", "Learn all turns of the assistant, with their end-of-turn tokens; or the last one; or every token.", ROWS
+    )
+    truncation: Literal["oldest_turns", "end", "refuse"] = flag(
+        "oldest_turns", "What goes of a conversation longer than max_source_length; refuse: it is a bad row.", ROWS
+    )
+    targets: Literal["first", "all"] = flag(
+        "first", "Of a list in target_column: learn the first, or each as a row of its own; metrics use all.", ROWS
+    )
     label_column: str = flag("label", "Column of the class (classification).", ROWS)
     labels: list[str] = flag(
         [], "The classes, in the order of their numbers (classification; default: the training file's, sorted).", CONTENT
@@ -75,7 +87,7 @@ class DataArguments:
     target_lang: str | None = flag(None, "Language code of the targets, likewise.", ROWS)
     max_source_length: int = flag(
         512,
-        "Longest source (or one-text row), in tokens; longer ones are truncated and counted.",
+        "Longest source, one-text row or conversation, in tokens; longer ones are truncated and counted.",
         ROWS,
         range=POSITIVE,
         unit="tokens",
@@ -330,7 +342,7 @@ FIXED = (
     "double_quant optim"
 ).split()
 LED_TO_BY = {  # what is compared on resume and is no flag's value: the flags that lead to it
-    "training rows": ["train_file", "dataset_name", *names_deciding(DataArguments, ROWS)],
+    "training rows": ["train_file", "dataset_name", "chat_template", *names_deciding(DataArguments, ROWS)],
     "warm-up steps": ["warmup_steps", "warmup_ratio"],
     "steps of the schedule": ["max_steps", "num_train_epochs"],
     "rows a step": ["per_device_train_batch_size", "gradient_accumulation_steps"],
@@ -343,57 +355,18 @@ def acceptable():
     return sorted({*flags, *(name for names in LED_TO_BY.values() for name in names)})
 
 
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
-
-
-REQUIRED = {  # flag: (what it is, another that may stand for it)
-    "model_name_or_path": ("a folder with a saved model, or a hub name", None),
-    "output_dir": ("the folder of this run", None),
-    "train_file": ("the rows to learn from", "dataset_name"),
-}
-
-
 def check_arguments(args, required=tuple(REQUIRED)):
     """Return a list of problems, a line each: ranges, pairs that cannot be, files that are not there, and what is required."""
-    problems = out_of_range(args) + check_savers(args) + check_best(args)
-
-    def need(condition, problem):
-        if not condition:
-            problems.append(problem)
-
-    for name in required:
-        what, other = REQUIRED[name]
-        given = getattr(args, name) or (other and getattr(args, other))
-        need(given, f"--{name}{f' (or --{other})' * bool(other)} is required: {what}")
-    need(not (args.train_file and args.dataset_name), "--train_file and --dataset_name are both given; give one")
-    for name in ("model_name_or_path", "tokenizer_name"):
-        path = getattr(args, name)
-        if path and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-            need(Path(path).is_dir(), f"--{name} {path}: no such folder")
-    for name in ("train_file", "validation_file", "test_file"):
-        path = getattr(args, name)
-        if path:
-            need(os.access(path, os.R_OK) and Path(path).is_file(), f"--{name} {path}: no such file, or not readable")
-            need(Path(path).suffix in DATA_SUFFIXES, f"--{name} {path}: the ending must be one of {' '.join(DATA_SUFFIXES)}")
     allowed = acceptable()
-    problems += [
-        f"--accept_change {name}: no change that can be accepted{nearest(name, allowed)}; allowed: {', '.join(allowed)}"
-        for name in args.accept_change
-        if name not in allowed
+    return [
+        *out_of_range(args),
+        *check_savers(args),
+        *check_best(args),
+        *check_rows(args),
+        *check_files(args, required),
+        *(
+            f"--accept_change {name}: no change that can be accepted{nearest(name, allowed)}; allowed: {', '.join(allowed)}"
+            for name in args.accept_change
+            if name not in allowed
+        ),
     ]
-    need(not args.loss_chunks or args.task != "classification", "--loss_chunks: a classifier has no logits of a vocabulary")
-    need(bool(args.source_lang) == bool(args.target_lang), "--source_lang and --target_lang go together; give both or none")
-    need(
-        (args.save_steps == "auto") == (args.mean_hours_between_failures is not None),
-        "--save_steps auto and --mean_hours_between_failures go together; give both or none",
-    )
-    need(not (args.warmup_ratio and args.warmup_steps), "--warmup_ratio and --warmup_steps are both given; give one")
-    if args.output_dir:
-        out = Path(args.output_dir)
-        need(not out.exists() or out.is_dir(), f"--output_dir {out}: is a file; give a folder")
-        parent = next(p for p in (out, *out.resolve().parents) if p.exists())
-        try:
-            tempfile.TemporaryFile(dir=parent).close()  # os.access says yes to root where nothing can be made, in /proc for one
-        except OSError as error:
-            problems.append(f"--output_dir {out}: {parent} is not writable ({error.strerror})")
-    return problems

@@ -1,5 +1,9 @@
 """Mistakes in flags that are right by themselves and wrong together: a line each, with what to do."""
 
+import os
+import tempfile
+from pathlib import Path
+
 from zerotune.errors import nearest
 from zerotune.run.best import known_metrics, metric_key, writes_checkpoints
 
@@ -102,4 +106,67 @@ def check_best(args):
         not args.early_stopping_threshold or args.early_stopping_patience,
         f"--early_stopping_threshold {args.early_stopping_threshold:g}: is for --early_stopping_patience N; give both or none",
     )
+    return problems
+
+
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+
+
+REQUIRED = {  # flag: (what it is, another that may stand for it)
+    "model_name_or_path": ("a folder with a saved model, or a hub name", None),
+    "output_dir": ("the folder of this run", None),
+    "train_file": ("the rows to learn from", "dataset_name"),
+}
+
+
+def check_rows(args):
+    """Return a line for each mistake in the flags of what a row is."""
+    problems = Problems()
+    need = problems.need
+    chats = args.messages_column is not None
+    need(not chats or args.task == "causal", f"--messages_column: conversations are for --task causal (given: {args.task})")
+    need(not (chats and args.text_column), "--messages_column and --text_column are both given; give one")
+    for name, default in (("chat_template", None), ("train_on", "assistant"), ("truncation", "oldest_turns")):
+        need(chats or getattr(args, name) == default, f"--{name}: is for conversations; give --messages_column as well")
+    for name in ("source_prefix", "source_suffix"):
+        need(not (chats and getattr(args, name)), f"--{name}: the chat template decides what stands around a turn; leave it out")
+    need(args.targets == "first" or args.task != "classification", "--targets all: a class is no list of texts")
+    need(args.targets == "first" or not (chats or args.text_column), "--targets all: is for rows of source and target")
+    need(not args.loss_chunks or args.task != "classification", "--loss_chunks: a classifier has no logits of a vocabulary")
+    need(bool(args.source_lang) == bool(args.target_lang), "--source_lang and --target_lang go together; give both or none")
+    return problems
+
+
+def check_files(args, required):
+    """Return a line for each of `required` that is not given, and for each file, folder and pair of flags that cannot be."""
+    problems = Problems()
+    need = problems.need
+    for name in required:
+        what, other = REQUIRED[name]
+        given = getattr(args, name) or (other and getattr(args, other))
+        need(given, f"--{name}{f' (or --{other})' * bool(other)} is required: {what}")
+    need(not (args.train_file and args.dataset_name), "--train_file and --dataset_name are both given; give one")
+    for name in ("model_name_or_path", "tokenizer_name"):
+        path = getattr(args, name)
+        if path and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+            need(Path(path).is_dir(), f"--{name} {path}: no such folder")
+    for name in ("train_file", "validation_file", "test_file", "chat_template"):
+        path = getattr(args, name)
+        if path:
+            need(os.access(path, os.R_OK) and Path(path).is_file(), f"--{name} {path}: no such file, or not readable")
+            known = name == "chat_template" or Path(path).suffix in DATA_SUFFIXES
+            need(known, f"--{name} {path}: the ending must be one of {' '.join(DATA_SUFFIXES)}")
+    need(
+        (args.save_steps == "auto") == (args.mean_hours_between_failures is not None),
+        "--save_steps auto and --mean_hours_between_failures go together; give both or none",
+    )
+    need(not (args.warmup_ratio and args.warmup_steps), "--warmup_ratio and --warmup_steps are both given; give one")
+    if args.output_dir:
+        out = Path(args.output_dir)
+        need(not out.exists() or out.is_dir(), f"--output_dir {out}: is a file; give a folder")
+        parent = next(p for p in (out, *out.resolve().parents) if p.exists())
+        try:
+            tempfile.TemporaryFile(dir=parent).close()  # os.access says yes to root where nothing can be made, in /proc for one
+        except OSError as error:
+            problems.append(f"--output_dir {out}: {parent} is not writable ({error.strerror})")
     return problems

@@ -198,7 +198,9 @@ class Evaluator:
         if self.args.task == "classification":
             references = [self.collator.class_numbers[label] for label in rows["label"]]
         else:
-            references = rows["reference"][:]
+            references = rows["references"][:]
+            if all(len(texts) == 1 for texts in references):  # not every metric knows what several are
+                references = [texts[0] for texts in references]
         self.metrics = self.metrics or load_metrics(self.metric_names)
         numbers = {}
         for module in self.metrics.values():
@@ -218,5 +220,6 @@ class Evaluator:
             columns = rows[row]
             prompt = columns["input_ids"][: columns["prompt_length"]] if self.args.task == "causal" else columns["input_ids"]
             source = self.tokenizer.decode(prompt, skip_special_tokens=True)
-            reference = columns["label"] if self.args.task == "classification" else columns["reference"]
+            references = [columns["label"]] if self.args.task == "classification" else columns["references"]
+            reference = references[0] if len(references) == 1 else references
             yield {"line": columns["line"], "source": source, "reference": reference, "prediction": prediction}
