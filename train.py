@@ -46,6 +46,7 @@ from zerotune.model import adapters, loading
 from zerotune.model.activations import enable_gradient_checkpointing
 from zerotune.model.freezing import apply_rules
 from zerotune.model.loss import chunk_loss, count_targets, token_loss_sum
+from zerotune.model.packing import check_packable, pack_forward
 from zerotune.model.quantization import quantization_config
 from zerotune.rows.collation import Collator, TrainingSteps
 from zerotune.rows.data import Data, describe, marked
@@ -79,6 +80,8 @@ def setup(args):
     checkpoint.check_request(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     records.check_tracker(args.report_to)
     config, tokenizer = loading.load_config_and_tokenizer(args)
+    if args.packing:
+        check_packable(config)
     plugin = strategy.plugin(args, loading.hidden_size(config))
     backend = "nccl" if has_cuda() else "gloo"
     accelerator = Accelerator(
@@ -175,7 +178,8 @@ def load_model(run):
     if args.peft == "adalora":
         adapters.allocate_ranks(model, optimizer)
     decoder_inputs = loading.decoder_inputs(model, run.config) if args.task == "seq2seq" else None
-    run.collator = Collator(args.task, run.tokenizer.pad_token_id, run.data.labels, 8 if has_cuda() else 1, decoder_inputs)
+    width = loading.hidden_size(run.config) if args.packing else None
+    run.collator = Collator(args.task, run.tokenizer.pad_token_id, run.data.labels, 8 if has_cuda() else 1, decoder_inputs, width)
     run.model, run.optimizer = accelerator.prepare(model, optimizer)
     run.model.train()
 
@@ -188,8 +192,11 @@ def make_trainable(model, args, tokenizer, dtype, max_steps):
         report = apply_rules(model, args.freeze, args.unfreeze)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    base = model.get_base_model() if args.peft else model
     if args.loss_chunks:
-        chunk_loss(model.get_base_model() if args.peft else model, args.loss_chunks)
+        chunk_loss(base, args.loss_chunks)
+    if args.packing:
+        pack_forward(base)
     return model, report
 
 
@@ -218,6 +225,8 @@ def resume(run):
     if args.report_to != "none":
         accelerator.init_trackers("zerotune", config={name: str(value) for name, value in vars(args).items()})
     run.console.say("engine: " + ", ".join(f"{key} {value}" for key, value in engine.items()))
+    if args.packing:
+        run.fit.try_packing(model, run.collator, forward_loss, run.precision)
     if args.probe_longest_batch or args.auto_batch:
         run.fit.probe(model, run.optimizer, run.collator, forward_loss, run.console.say)
     run.manifest_facts = {"fingerprint": run.fingerprint, "layout": run.layout, "row_offset": run.schedule.row_offset}

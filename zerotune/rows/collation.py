@@ -1,20 +1,22 @@
 """From rows to padded batches: the collator, and the micro-batches of each optimizer step."""
 
+import numpy as np
 import torch
 
 from zerotune.rows import IGNORE
 from zerotune.rows.batches import deal, rows_of_step
+from zerotune.rows.packing import lines_of
 
 
 class Collator:
     """Pads rows to one batch of tensors on the CPU: input_ids, attention_mask, labels, and decoder_input_ids for seq2seq.
 
     pad_to_multiple_of: 8 on GPUs, whose matrix units want it. decoder_inputs: a function from labels to decoder inputs of the same
-    shape, for seq2seq alone.
+    shape, for seq2seq alone. packing_width: the model's hidden size, by which `packed` chooses its lines; None: rows are padded.
     """
 
-    def __init__(self, task, pad_token_id, labels=None, pad_to_multiple_of=1, decoder_inputs=None):
-        self.task, self.pad, self.multiple = task, pad_token_id, pad_to_multiple_of
+    def __init__(self, task, pad_token_id, labels=None, pad_to_multiple_of=1, decoder_inputs=None, packing_width=None):
+        self.task, self.pad, self.multiple, self.packing_width = task, pad_token_id, pad_to_multiple_of, packing_width
         self.class_numbers = {name: number for number, name in enumerate(labels or [])}
         self.decoder_inputs = decoder_inputs
 
@@ -34,6 +36,29 @@ class Collator:
         batch |= {"labels": self.pad_rows(columns["labels"], IGNORE), "use_cache": False}
         if self.decoder_inputs is not None:
             batch["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
+        return batch
+
+    def packed(self, columns):
+        """Return the rows laid end to end: input_ids, token_rows, labels, and decoder_input_ids with target_rows for seq2seq.
+
+        As model/packing.py takes them; each is (lines, length).
+        """
+        ids, labels = columns["input_ids"], columns["labels"]
+        sources = np.array([len(row) for row in ids])
+        targets = np.array([len(row) for row in labels]) if self.decoder_inputs else np.zeros_like(sources)
+        lines = lines_of(sources, targets, self.packing_width, self.multiple)
+
+        def laid(rows, value):
+            return self.pad_rows([[token for row in line for token in rows[row]] for line in lines], value)
+
+        def numbered(rows):
+            return laid([[number] * len(row) for number, row in enumerate(rows, 1)], 0)
+
+        batch = {"input_ids": laid(ids, self.pad), "token_rows": numbered(ids), "labels": laid(labels, IGNORE), "use_cache": False}
+        if self.decoder_inputs is not None:
+            shifted = self.decoder_inputs(self.pad_rows(labels, IGNORE)).tolist()
+            batch["decoder_input_ids"] = laid([row[: len(own)] for row, own in zip(shifted, labels, strict=True)], self.pad)
+            batch["target_rows"] = numbered(labels)
         return batch
 
     def prompts(self, columns):
@@ -73,14 +98,17 @@ class TrainingSteps(torch.utils.data.Dataset):
         return [ranks[self.rank] for ranks in deal(rows, lengths, self.accumulation, self.num_processes)]
 
     def __getitem__(self, step):
-        return [self.collator(self.rows[rows]) for rows in self.dealt(step)]
+        collate = self.collator if self.collator.packing_width is None else self.collator.packed
+        return [collate(self.rows[rows]) for rows in self.dealt(step)]
 
 
 def count_tokens(batch):
     """Return (real tokens, tokens with padding) of a collated batch, as Python ints: encoder and decoder inputs together."""
-    real, padded = int(batch["attention_mask"].sum()), batch["attention_mask"].numel()
+    mask = batch["token_rows"] > 0 if "token_rows" in batch else batch["attention_mask"]
+    real, padded = int(mask.sum()), mask.numel()
     if "decoder_input_ids" in batch:
-        return real + int((batch["labels"] != IGNORE).sum()), padded + batch["labels"].numel()
+        targets = batch["target_rows"] > 0 if "target_rows" in batch else batch["labels"] != IGNORE
+        return real + int(targets.sum()), padded + batch["labels"].numel()
     return real, padded
 
 

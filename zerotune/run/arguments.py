@@ -157,6 +157,9 @@ class LearningArguments:
     loss_chunks: int = flag(
         0, "Head and cross-entropy run over N pieces: no logits of all tokens at once; 0: whole.", HARMLESS, range=NOT_NEGATIVE
     )
+    packing: bool = flag(
+        False, "Lay the rows of a micro-batch end to end, each seeing itself alone: no padding, the same losses.", HARMLESS
+    )
     per_device_train_batch_size: int = flag(8, "Rows of one forward/backward on one process.", CONTENT, range=POSITIVE, unit="rows")
     per_device_eval_batch_size: int = flag(8, "Rows of one evaluation batch on one process.", HARMLESS, range=POSITIVE, unit="rows")
     gradient_accumulation_steps: int = flag(1, "Forward/backward passes per optimizer step.", CONTENT, range=POSITIVE, unit="steps")

@@ -132,6 +132,11 @@ def check_rows(args):
         need(not (chats and getattr(args, name)), f"--{name}: the chat template decides what stands around a turn; leave it out")
     need(args.targets == "first" or args.task != "classification", "--targets all: a class is no list of texts")
     need(args.targets == "first" or not (chats or args.text_column), "--targets all: is for rows of source and target")
+    need(not args.packing or args.task != "classification", "--packing: a classifier reads a row at one place; leave it out")
+    need(
+        not args.packing or args.peft not in ("prefix", "prompt"),
+        f"--packing: does not go with --peft {args.peft}, which puts positions of its own before each line of a batch",
+    )
     need(not args.loss_chunks or args.task != "classification", "--loss_chunks: a classifier has no logits of a vocabulary")
     need(bool(args.source_lang) == bool(args.target_lang), "--source_lang and --target_lang go together; give both or none")
     return problems

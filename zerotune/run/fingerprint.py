@@ -22,7 +22,9 @@ def fingerprint(args, config, data, schedule):
 def layout(args, strategy):
     """Return {what: value} of what changes where and how a run computes, and no number of it but for rounding."""
     facts = {"strategy": strategy.stem, "processes": strategy.num_processes}
-    return facts | {name: getattr(args, name) for name in (*LED_TO_BY["rows a step"], "gradient_checkpointing", "loss_chunks")}
+    return facts | {
+        name: getattr(args, name) for name in (*LED_TO_BY["rows a step"], "gradient_checkpointing", "loss_chunks", "packing")
+    }
 
 
 def compare(saved, present, accepted, folder):

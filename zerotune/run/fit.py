@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list, send_to_device
 
 from zerotune.errors import RunError, UserError
+from zerotune.model import packing
 from zerotune.model.loading import hidden_size
 from zerotune.plan.changes import cut, divisors, largest_micro_batch
 from zerotune.plan.forecast import Planner
@@ -140,6 +141,18 @@ class Fit:
         memory = peak_memory()
         peak = memory["peak_device_memory_gib"] or memory["peak_host_memory_gib"]
         say(f"longest micro-batch: {shape}, of step {shape.step + 1}: fits, the peak is {peak:.3f} GiB so far")
+
+    def try_packing(self, model, collator, forward_loss, precision):
+        """Have the model show that it gives two rows the same loss padded and packed; a collective under ZeRO-3."""
+        columns = self.data.rows["train"][[0, min(1, len(self.data.rows["train"]) - 1)]]
+
+        def loss_of(batch):
+            batch = send_to_device(batch, self.accelerator.device)
+            labels = batch.pop("labels")
+            with self.accelerator.autocast():
+                return forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
+
+        packing.check_exact(model, collator(columns), collator.packed(columns), loss_of, precision)
 
     def missing_states(self, optimizer):
         """Return memory as large as the optimizer states that torch's optimizers only make in their first step."""

@@ -1,0 +1,205 @@
+"""Rows laid end to end: the losses and gradients of padded batches, for every family that is allowed; and what is refused."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import SPECIALS, WORDS, tiny_config
+
+from zerotune.errors import UserError
+from zerotune.model.loading import decoder_inputs
+from zerotune.model.loss import token_loss_sum
+from zerotune.model.packing import DECODERS, ENCODER_DECODERS, check_exact, pack_forward, places_in_rows
+from zerotune.rows import IGNORE
+from zerotune.rows.collation import Collator, count_tokens
+from zerotune.rows.packing import lines_of
+
+SIZE = len(WORDS) + len(SPECIALS)
+
+
+def config_of(family):
+    """Return (model class, configuration) of a two-block model; windows of 8 tokens where the family has them."""
+    import transformers as t
+
+    if family in ("t5", "bart", "gpt2", "llama"):
+        return tiny_config(family, 0.0)
+    common = {"vocab_size": SIZE, "pad_token_id": 0, "eos_token_id": 1}
+    if family == "mt5":
+        config = t.MT5Config(
+            d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0, **common
+        )
+        return t.MT5ForConditionalGeneration, config
+    if family == "mbart":
+        config = t.MBartConfig(
+            d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128, dropout=0.0, bos_token_id=3, **common,
+        )  # fmt: skip
+        return t.MBartForConditionalGeneration, config
+    name = {
+        "phi": "Phi",
+        "phi3": "Phi3",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+        "gemma": "Gemma",
+        "gemma2": "Gemma2",
+        "mistral": "Mistral",
+    }[family]
+    more = {
+        "mistral": {"sliding_window": 8}, "phi3": {"sliding_window": 8},
+        "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
+        "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    }.get(family, {})  # fmt: skip
+    if family in ("gemma", "gemma2", "qwen3"):
+        more |= {"head_dim": 8}
+    config = getattr(t, f"{name}Config")(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=128, attention_dropout=0.0, bos_token_id=3, **common, **more,
+    )  # fmt: skip
+    return getattr(t, f"{name}ForCausalLM"), config
+
+
+def columns_of(task, lengths):
+    """Return rows of so many tokens as a Dataset's slice."""
+    ids = [[4 + (7 * n + place * (n + 3)) % len(WORDS) for place in range(length)] for n, length in enumerate(lengths)]
+    if task == "causal":
+        return {"input_ids": ids, "labels": [row[1:] + [IGNORE] for row in ids]}
+    return {"input_ids": ids, "labels": [[*row[: 1 + len(row) // 3], 1] for row in ids[::-1]]}
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    batch = dict(batch)
+    labels = batch.pop("labels")
+    loss = token_loss_sum(model(**batch).logits, labels)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", sorted(DECODERS | ENCODER_DECODERS))
+def test_packed_is_padded(family):
+    """Losses within 1e-6 and gradients within 1e-5, in float32; where rows see each other nothing is alike."""
+    torch.manual_seed(1)
+    model_class, config = config_of(family)
+    model = model_class(config).train()
+    assert model.config.model_type == family
+    if family in DECODERS:  # as they are drawn, what another row says would hardly be heard
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(4 if parameter.ndim == 2 else 1)
+    pack_forward(model)
+    seq2seq = family in ENCODER_DECODERS
+    collator = Collator("seq2seq" if seq2seq else "causal", 0, None, 1, decoder_inputs(model, config) if seq2seq else None, 32)
+    columns = columns_of(collator.task, [40, 3, 17, 29, 5, 11, 2, 23])
+    padded, packed = collator(columns), collator.packed(columns)
+    assert packed["input_ids"].shape[0] < 8 and count_tokens(packed)[0] == count_tokens(padded)[0]
+    assert count_tokens(packed)[1] < 0.75 * count_tokens(padded)[1]
+    (loss, expected), (packed_loss, found) = gradients(model, padded), gradients(model, packed)
+    assert abs(packed_loss / loss - 1) < 1e-6
+    assert expected.keys() == found.keys()
+    size = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() < 1e-5 * max(gradient.norm(), size / 100), name
+    blind = packed | {"token_rows": torch.ones_like(packed["token_rows"])}
+    if seq2seq:
+        blind["target_rows"] = torch.ones_like(packed["target_rows"])
+    assert abs(gradients(model, blind)[0] / loss - 1) > 1e-4, "the rows have to matter for this to show anything"
+
+    def loss_of(batch):
+        labels = batch.pop("labels")
+        return token_loss_sum(model(**batch).logits, labels)
+
+    check_exact(model, padded, packed, loss_of, torch.float32)
+    with pytest.raises(UserError, match="packed and .* padded; train it without"):
+        check_exact(model, padded, blind, loss_of, torch.float32)
+
+
+def test_every_token_once():
+    """Random rows: each line holds whole rows, each row is there once, and places begin anew with every row."""
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        number, multiple = int(generator.integers(1, 40)), int(generator.choice([1, 8]))
+        sources = generator.integers(1, 200, number)
+        targets = generator.integers(1, 60, number) * int(generator.integers(0, 2))
+        lines = lines_of(sources, targets, int(generator.choice([32, 512, 4096])), multiple)
+        assert sorted(row for line in lines for row in line) == list(range(number)) and all(lines)
+        columns = {"input_ids": [[5] * n for n in sources], "labels": [[6] * n for n in targets]}
+        seq2seq = targets.any()
+        if not seq2seq:
+            columns["labels"] = columns["input_ids"]
+        collator = Collator(
+            "seq2seq" if seq2seq else "causal", 0, None, multiple, (lambda labels: labels) if seq2seq else None, 512
+        )
+        batch = collator.packed(columns)
+        assert count_tokens(batch)[0] == sources.sum() + (targets.sum() if seq2seq else 0)
+        rows, counts = batch["token_rows"][batch["token_rows"] > 0].unique(return_counts=True)
+        assert rows.tolist() == list(range(1, number + 1)) and counts.tolist() == sources.tolist()
+        assert batch["input_ids"].shape[1] % multiple == 0
+        places = places_in_rows(batch["token_rows"])
+        for row in rows.tolist():
+            assert places[batch["token_rows"] == row].tolist() == list(range(sources[row - 1]))
+
+
+def test_what_is_refused():
+    model_class, config = tiny_config("t5", 0.0)
+    with pytest.raises(UserError, match="eager attention would take the masks of rows for numbers; it needs sdpa"):
+        pack_forward(model_class._from_config(config, attn_implementation="eager"))
+    model_class, config = tiny_config("bert", 0.0)
+    with pytest.raises(UserError, match="not known to be exact for a bert model; it is for bart, "):
+        pack_forward(model_class(config))
+
+
+CELLS = {
+    "t5-ddp": ("t5", "ddp", {}),
+    "t5-zero3": ("t5", "zero3", {"freeze": "encoder", "gradient_checkpointing": True, "loss_chunks": 2}),
+    "bart-zero1": ("bart", "zero1", {"freeze": "encoder", "unfreeze": "encoder.layers[-1]"}),
+    "llama-zero2": ("llama", "zero2", {"peft": "lora", "loss_chunks": 3, "gradient_checkpointing": True}),
+    "gpt2-zero3": ("gpt2", "zero3", {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}),
+}
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_packed_run_is_a_padded_run(cell, train, tiny, rows16):
+    """The same losses, tokens and evaluation as one process that pads, from fewer tokens that are padding."""
+    family, strategy, more = CELLS[cell]
+    options = {
+        "model_name_or_path": tiny(family), "train_file": rows16, "validation_file": rows16, "predict_with_generate": "false",
+        "task": "seq2seq" if family in ENCODER_DECODERS else "causal", "learning_rate": 1e-4, "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4, "logging_steps": 1, "save_steps": 0,
+    }  # fmt: skip
+    options |= more
+    padded = train(None, name="padded", **options | {"gradient_accumulation_steps": 2 * options["gradient_accumulation_steps"]})
+    packed = train(strategy, name="packed", packing=True, **options)
+    for one, other in zip(padded.records("loss"), packed.records("loss"), strict=True):
+        assert abs(other["loss"] / one["loss"] - 1) < 1e-5 and abs(other["grad_norm"] / one["grad_norm"] - 1) < 1e-4
+        assert [one[name] for name in ("target_tokens", "real_tokens")] == [
+            other[name] for name in ("target_tokens", "real_tokens")
+        ]
+    assert abs(packed.records("eval_loss")[0]["eval_loss"] / padded.records("eval_loss")[0]["eval_loss"] - 1) < 1e-5
+    share = [sum(record["padding_fraction"] for record in run.records("loss")) for run in (padded, packed)]
+    assert share[1] < 0.75 * share[0], share  # of a width of 32, for which attention over a long line is dear
+    assert packed.run["arguments"]["packing"] is True
+
+
+@pytest.mark.launch
+def test_a_packed_run_goes_on_to_the_bit(train, tiny, rows16, tmp_path):
+    """With dropout, from the middle of an epoch; and padded in place of packed is another layout, gone on with and said."""
+    options = {
+        "model_name_or_path": tiny("t5", 0.1), "train_file": rows16, "per_device_train_batch_size": 3, "packing": True,
+        "gradient_accumulation_steps": 2, "max_steps": 6, "logging_steps": 1, "save_steps": 3, "learning_rate": 1e-3,
+    }  # fmt: skip
+    straight = train("ddp", name="straight", **options)
+    cut = tmp_path / "cut"
+    shutil.copytree(straight.folder, cut)
+    for name in ("checkpoint-6", "final"):
+        shutil.rmtree(cut / name)
+    resumed = train("ddp", name="again", **options | {"output_dir": cut})
+    assert resumed.run["resumed_from"].endswith("checkpoint-3")
+    for name, weight in straight.weights().items():
+        assert torch.equal(weight, resumed.weights()[name]), name
+    shutil.rmtree(cut / "checkpoint-6")
+    padded = train("ddp", name="padded", **options | {"output_dir": cut, "packing": None})
+    assert "packing True -> False" in padded.output
+    for name in ("target_tokens", "real_tokens"):
+        assert [r[name] for r in straight.records("loss")] == [r[name] for r in padded.records("loss")]

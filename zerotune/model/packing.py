@@ -1,0 +1,111 @@
+"""Several rows in one line of a batch, each seeing itself alone: masks and positions that begin anew with every row.
+
+token_rows and target_rows say which row each token of a line belongs to: 1, 2, ... and 0 for padding, which is a row of its own.
+"""
+
+import inspect
+
+import torch
+from torch import nn
+
+from zerotune.errors import UserError
+
+# For these it is tested against padded batches, losses and gradients (tests/test_packing.py).
+DECODERS = set("gpt2 llama mistral phi phi3 qwen2 qwen3 gemma gemma2".split())
+ENCODER_DECODERS = set("t5 mt5 bart mbart".split())
+
+
+def check_packable(config):
+    """Raise UserError for a family for which packing is not known to be exact."""
+    known = DECODERS | ENCODER_DECODERS
+    if config.get_text_config().model_type not in known:
+        raise UserError(f"--packing: not known to be exact for a {config.model_type} model; it is for {', '.join(sorted(known))}")
+
+
+def places_in_rows(rows):
+    """Return each token's place in its row, from 0; rows: which row each token is of, int64 of shape (lines, length)."""
+    places = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    begins = torch.ones_like(rows, dtype=torch.bool)
+    begins[:, 1:] = rows[:, 1:] != rows[:, :-1]
+    return places - torch.where(begins, places, 0).cummax(1).values
+
+
+def same_row(queries, keys):
+    """Return a boolean mask (lines, 1, queries, keys): True where both are of one row. Padding sees all: it must see something."""
+    return ((queries[:, :, None] == keys[:, None, :]) | (queries == 0)[:, :, None])[:, None]
+
+
+def pack_forward(model):
+    """Give a model, before it is wrapped for training, a forward that takes token_rows (encoder-decoders: and target_rows).
+
+    Without them the model is as it was. Decoders need positions that begin anew and no mask: from these transformers makes the mask
+    itself, sliding windows included (masking_utils.py, find_packed_sequence_indices). Encoder-decoders need three masks, and their
+    encoder is called first, because one attention_mask would have to be the encoder's and the cross-attention's.
+
+    Raises UserError for a family that is not known, and for attention that reads boolean masks as numbers.
+    """
+    check_packable(model.config)
+    if model.config.is_encoder_decoder and model.config._attn_implementation != "sdpa":
+        raise UserError(
+            f"--packing: {model.config._attn_implementation} attention would take the masks of rows for numbers; it needs sdpa"
+        )
+    model_forward, positions = model.forward, None
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else None
+
+    def learned_positions(embedding):
+        embedding_forward = embedding.forward
+
+        def forward(*args, **kwargs):
+            if positions is None:
+                return embedding_forward(*args, **kwargs)
+            return nn.Embedding.forward(embedding, positions + embedding.offset)
+
+        embedding.forward = forward
+
+    if encoder is not None:
+        for part in (encoder, model.get_decoder()):
+            if hasattr(part, "embed_positions"):  # BART's; T5's are relative, and the same wherever a row begins
+                learned_positions(part.embed_positions)
+
+    def forward(*args, token_rows=None, target_rows=None, **kwargs):
+        nonlocal positions
+        if token_rows is None:
+            return model_forward(*args, **kwargs)
+        if encoder is None:
+            return model_forward(*args, **kwargs, position_ids=places_in_rows(token_rows))
+        causal = torch.ones(target_rows.shape[1], target_rows.shape[1], dtype=torch.bool, device=target_rows.device).tril()
+        try:
+            positions = places_in_rows(token_rows)
+            hidden = encoder(input_ids=kwargs.pop("input_ids"), attention_mask=same_row(token_rows, token_rows))
+            positions = places_in_rows(target_rows)
+            return model_forward(
+                *args,
+                **kwargs,
+                encoder_outputs=hidden,
+                attention_mask=same_row(target_rows, token_rows),
+                decoder_attention_mask=same_row(target_rows, target_rows) & causal,
+            )
+        finally:
+            positions = None
+
+    forward.__signature__ = inspect.signature(model_forward)  # generate() reads which inputs there are
+    model.forward = forward
+
+
+@torch.no_grad()
+def check_exact(model, padded, packed, loss_of, precision):
+    """Raise UserError unless the same rows have the same loss padded and packed, in this very model; a collective under ZeRO-3.
+
+    padded, packed: the collated rows; loss_of: batch -> summed loss.
+    """
+    model.eval()
+    try:
+        losses = [float(loss_of(dict(batch))) for batch in (padded, packed)]
+    finally:
+        model.train()
+    # Rounding alone is 1e-6 of a loss in float32; of the 8 bits that bf16 has, half may be lost.
+    allowed = 1e-4 if precision == torch.float32 else 2**-5
+    if not abs(losses[1] - losses[0]) <= allowed * abs(losses[0]):
+        raise UserError(
+            f"--packing: this model gives two rows a loss of {losses[1]:.6g} packed and {losses[0]:.6g} padded; train it without"
+        )
