@@ -336,7 +336,8 @@ def pause(run, step):
 def end(run, step):
     """Evaluate for the last time, write final/, and end the process: 0, or 128 + the signal that stopped the run."""
     data, evaluator, saver = run.data, run.evaluator, run.saver
-    run.fit.report(run.model, run.optimizer, run.host_memory_before_model, run.console.say)
+    if run.args.end_report:
+        run.fit.report(run.model, run.optimizer, run.host_memory_before_model, run.console.say)
     with suppress(stopping.Interrupted):
         run.stopper.interrupt()
         if run.calendar.has_validation and evaluator.last_step != step:
@@ -351,6 +352,9 @@ def end(run, step):
         saver.wait()
         run.console.say(f"stopped by signal {stop} after step {step}; the same command goes on from the newest checkpoint")
     saver.wait()
+    if run.accelerator.is_main_process:
+        ended = f"signal {stop}" if stop else "early stopping" if run.best.used_up else "all steps"
+        records.add_to_run(run.args.output_dir, {"ended": ended})
     run.monitor.draw(ended=True)
     run.accelerator.wait_for_everyone()
     for tracker in run.accelerator.trackers:

@@ -203,6 +203,7 @@ def train(tmp_path, forks):
     def start(strategy, processes=None, check=True, environment=None, name="run", real=False, **options):
         folder = tmp_path / name
         options.setdefault("output_dir", folder)
+        options.setdefault("end_report", "false")  # seconds of each run; what looks at it asks for it
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **(environment or {})}
         if forks and not real:
             log = tmp_path / "logs" / f"{name}{len(list(tmp_path.glob('logs/*')))}.log"

@@ -55,7 +55,7 @@ def campaign(server, folder, family, legs, generator, at_random):
     options = MODELS[family] | {
         "model_name_or_path": folder / family, "train_file": folder / "rows.jsonl", "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 3, "learning_rate": 1e-4, "lr_scheduler_type": "constant", "logging_steps": 1,
-        "save_total_limit": 2, "max_steps": (8 if at_random else 4) * SAVE_STEPS * len(legs) // 2 + 8,
+        "save_total_limit": 2, "end_report": "false", "max_steps": (8 if at_random else 4) * SAVE_STEPS * len(legs) // 2 + 8,
     }  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SCRIPT": "tests/reload.py"}
 

@@ -26,6 +26,7 @@ def long_rows(tmp_path_factory):
 def test_a_trial_leaves_no_trace(train, tiny, rows16, strategy):
     """Weights, optimizer and random states, counters and losses are, to the bit, those of a run without it; dropout is on."""
     options = OPTIONS | {"model_name_or_path": tiny("t5", 0.1), "train_file": rows16, "learning_rate": 1e-3}
+    options["end_report"] = "true"
     plain = train(strategy, name="plain", **options)
     tried = train(strategy, name="tried", probe_longest_batch="true", **options)
     assert "longest micro-batch: 1 x " in tried.output and "longest micro-batch" not in plain.output

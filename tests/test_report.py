@@ -84,7 +84,7 @@ def eventful(folder, **options):
         {"step": 60, "save_failed": "OSError: [Errno 28] No space left on device"},
     ]
     sizes = {"weights": 2**30, "total": 3 * 2**30}
-    run = {"legs": LEGS, "memory": {"planned_bytes": sizes, "measured_bytes": sizes}}
+    run = {"legs": LEGS, "ended": "all steps", "memory": {"planned_bytes": sizes, "measured_bytes": sizes}}
     return make_run(folder, more=more, test=True, run=run, freeze=["encoder"], source_prefix=SCRIPT, **options)
 
 
@@ -157,7 +157,7 @@ def test_pictures_are_made_at_the_end_alone(tmp_path):
     folder = eventful(tmp_path / "run")
     written(folder)
     assert not (folder / "report").exists()
-    content = written(folder, ended=True)
+    content = written(folder, pictures=True)
     names = {path.name for path in (folder / "report").iterdir()}
     assert names == {f"{key}.png" for key in re.findall(r'<figure id="(\w+)"', content)}
     for path in (folder / "report").iterdir():
@@ -167,7 +167,7 @@ def test_pictures_are_made_at_the_end_alone(tmp_path):
 def test_a_run_without_records_has_a_page(tmp_path):
     folder = make_run(tmp_path / "run", steps=0)
     (folder / "metrics.jsonl").unlink()
-    content = written(folder, ended=True)
+    content = written(folder, pictures=True)
     assert content.count("no record of it yet") == 6 and "step 0 of 100" in content
     assert not list((folder / "report").iterdir())
     (folder / "run.json").write_text("{}")
@@ -261,8 +261,8 @@ def bad_steps(*steps):
     [
         ({"steps": 40}, "unfinished"),
         ({"steps": 100}, "unfinished"),
-        ({"steps": 100, "run": {"memory": {"measured_bytes": {}}}}, "finished"),
-        ({"steps": 40, "run": {"memory": {"measured_bytes": {}}}}, "stopped"),
+        ({"steps": 100, "run": {"ended": "all steps"}}, "finished"),
+        ({"steps": 40, "run": {"ended": "early stopping"}}, "stopped"),
         ({"steps": 40, "more": bad_steps(38, 39, 40), "max_bad_steps": 3}, "failed"),
         ({"steps": 40, "more": bad_steps(37, 39, 40), "max_bad_steps": 3}, "unfinished"),
     ],
@@ -391,7 +391,7 @@ def test_a_killed_and_resumed_run_shows_it(train, tiny, rows16, tmp_path):
     drawn = re.search(r"running, or cut off, at step (\d+) of 120", content)  # once the save behind the training was there
     assert 40 <= int(drawn[1]) < 120 and not (folder / "report").exists()
 
-    result = train(None, **options)
+    result = train(None, end_report="true", **options)
     assert "warning: the report" not in result.output
     (start,) = (record for record in result.records("start_seconds") if record["step"] > 0)
     assert start["step"] >= 40 and start["cut_off_at_step"] >= 50

@@ -153,6 +153,7 @@ def test_worked_examples_run(script, tmp_path, tiny, rows16):
         "SOURCE": "source", "TARGET": "target", "TEXT": "source", "LABEL": "label", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     words = ["bash", str(ROOT / "scripts" / f"{script}.sh"), "--max_steps", "2", "--max_source_length", "60"]
+    words += ["--end_report", str(script == "t5_lora").lower()]
     if script == "phi_qlora":
         chats = tmp_path / "chats.jsonl"
         turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]

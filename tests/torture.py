@@ -166,6 +166,7 @@ def demo_flags(folder, steps, dropout=0.1):
         *("--model_name_or_path", str(folder / "model"), "--train_file", str(folder / "rows.jsonl")),
         *("--freeze", "encoder.layers[0]", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
         *("--max_steps", str(steps), "--save_steps", str(SAVE_STEPS), "--logging_steps", "1", "--learning_rate", "1e-3"),
+        *("--end_report", "false"),
     ]
 
 

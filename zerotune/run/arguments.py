@@ -311,6 +311,11 @@ class RunArguments:
     metric: list[str] = flag(
         [], "Metrics for evaluate.load: a local module or a hub name. Default: the task's own, in metrics/.", HARMLESS
     )
+    end_report: bool = flag(
+        True,
+        "At the end compare memory with its plan and draw the charts as PNG; false: a short run ends seconds sooner.",
+        HARMLESS,
+    )
     report_to: str = flag("none", "Tracker known to accelerate: tensorboard, wandb, ...; none: metrics.jsonl alone.", HARMLESS)
 
 

@@ -17,6 +17,7 @@ class Monitor:
         self.counts = counts if args.mixed_precision == "fp16" else {}
         self.metrics = records.Metrics(args.output_dir, console, accelerator, step)
         self.window = records.Window(accelerator, with_shapes=args.profile_steps > 0)
+        self.end_report = args.end_report
         self.next_page = 0  # when to draw report.html again at the earliest, by time.perf_counter
         last = schedule.max_steps
         self.profile = Profile(accelerator, model, optimizer, last - args.profile_steps + 1, last)
@@ -63,7 +64,7 @@ class Monitor:
         if not self.console.active or (begin < self.next_page and not ended):
             return
         with self.paused():
-            write_report(self.output_dir, self.console.say, ended)
+            write_report(self.output_dir, self.console.say, ended and self.end_report)
         # Of 10,000 records it takes 0.2 seconds. Of very many it is not drawn at every save, but for 1 % of the run's time.
         seconds = time.perf_counter() - begin
         self.next_page = begin + 100 * seconds if seconds > 1 else 0

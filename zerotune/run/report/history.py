@@ -108,17 +108,18 @@ class History:
     def status(self):
         """Return (a word: finished, stopped, failed, unfinished; what is known of it).
 
-        `memory` is put into run.json when the loop has ended, and a resumed run writes run.json anew.
+        `ended` is put into run.json at the end, and a resumed run writes run.json anew.
         """
         of_all = f"step {self.last_step:,.0f}" + (f" of {self.max_steps:,}" if self.max_steps else "")
         limit = self.arguments.get("max_bad_steps") or 0
         bad = [record["step"] for record in self.bad_steps[-limit:]] if limit else []
         if len(bad) == limit > 0 and bad[-1] - bad[0] == limit - 1 and bad[-1] == self.last_step:
             return "failed", f"{limit} bad steps in a row, at {of_all}"
-        if self.run.get("memory") and self.max_steps and self.last_step >= self.max_steps:
+        ended = self.run.get("ended")
+        if ended == "all steps":
             return "finished", f"all {self.max_steps:,} steps are taken"
-        if self.run.get("memory"):
-            return "stopped", f"by a signal, after {of_all}"
+        if ended:
+            return "stopped", f"by {ended}, after {of_all}"
         return "unfinished", f"running, or cut off, at {of_all}"
 
 

@@ -17,15 +17,15 @@ from zerotune.run.report.markup import folded, page, section, table, text, write
 NUM_EVENTS, NUM_RECORDS = 40, 20  # rows of a table: more are not read
 
 
-def write_report(output_dir, say=print, ended=False):
+def write_report(output_dir, say=print, pictures=False):
     """Write report.html into a run's folder; for one process alone.
 
-    ended: write report/<chart>.png as well. A failure is a line through `say` and nothing else: no run is lost for a picture of it.
+    pictures: write report/<chart>.png as well. A failure is a line through `say` and no more: no run is lost for a picture of it.
     """
     try:
         history = read_history(output_dir)
         write_page(Path(output_dir) / "report.html", page_of_run(history))
-        if ended:
+        if pictures:
             # A file for each chart, as it goes into a slide or a message; the overview is the page. At the end alone: matplotlib
             # takes half a second and memory, which a process that trains does not have to give.
             from zerotune.run.report.pictures import write_pictures
