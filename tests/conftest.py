@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from forks import Server
@@ -61,6 +62,7 @@ def caches(tmp_path_factory):
     folder = tmp_path_factory.mktemp("caches")
     for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE", "NVME_PATH"):
         os.environ[name] = str(folder / name.lower())
+    datasets.config.HF_DATASETS_CACHE = folder / "hf_datasets_cache"  # read from the environment when it was imported
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
@@ -286,3 +287,25 @@ def test_several_references(tmp_path, tokenizer):
     assert len(data.rows["validation"]) == 2, "an evaluation counts each row once"
     with pytest.raises(UserError, match="column 'target' is int, not text"):
         load(write(tmp_path / "bad.jsonl", [{"source": "w1", "target": ["w2", 3]}]), tokenizer)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])
+def test_compressed_files_and_the_first_rows(tmp_path, tokenizer, suffix):
+    """The same rows with the same lines; a file that is cut short is an error in one line."""
+    path, flags = write(tmp_path / f"rows{suffix}"), {}
+    if suffix == ".txt":
+        path.write_text("w1\n\nw2 w3\nw4\n")
+        flags = {"task": "causal", "text_column": "text"}
+    plain = load(path, tokenizer, **flags).rows["train"]
+    for ending, codec in ((".gz", "gzip"), (".zst", "zstd")):
+        compressed = tmp_path / f"rows{suffix}{ending}"
+        with pa.output_stream(str(compressed), compression=codec) as file:
+            file.write(path.read_bytes())
+        rows = load(compressed, tokenizer, **flags).rows["train"]
+        assert rows[:] == plain[:]
+        compressed.write_bytes(compressed.read_bytes()[:-9])
+        with pytest.raises(UserError, match="cannot be read"):
+            load(compressed, tokenizer, **flags)
+    first = load(path, tokenizer, max_train_rows=2, validation_file=str(path), max_eval_rows=1, **flags)
+    assert len(first.rows["train"]) == 2 == len(first.lengths["train"]) and len(first.rows["validation"]) == 1
+    assert first.rows["train"][:] == plain[:2] and first.report()["train"]["rows"] == 2

@@ -26,7 +26,7 @@ from zerotune.flags import ROWS, names_deciding
 from zerotune.rows import IGNORE
 from zerotune.rows.chat import Chats
 from zerotune.rows.encoding import CUT_AWAY, FORMAT, encode
-from zerotune.rows.files import read_rows
+from zerotune.rows.files import kind_of, read_rows
 
 ROWS_FILE = "rows.arrow"
 LAYOUT = 2  # of the files in a folder of cached rows
@@ -67,7 +67,7 @@ def load_split(split, args, tokenizer, identity, hub):
         return None, None, False
     source = file_sha256(path) if path is not None else hub[split]._fingerprint
     flags = (getattr(args, name) for name in names_deciding(args, ROWS))
-    parts = [FORMAT, source, Path(path).suffix if path else "", *flags]
+    parts = [FORMAT, source, kind_of(path) if path else "", *flags]
     chats = Chats(tokenizer, args) if args.messages_column else None
     parts += [tokenizer.chat_template] * bool(chats)
     all_targets = args.targets == "all" and split == "train"  # evaluations count each row once
@@ -140,7 +140,7 @@ def encode_given(chunk):
 
 def records_of(path, hub_split, scratch):
     """Return an iterator of (line, record, error); tables (Parquet, hub) count rows in place of lines."""
-    if path is not None and Path(path).suffix != ".parquet":
+    if path is not None and kind_of(path) != ".parquet":
         return read_rows(str(path))
     try:
         table = hub_split if path is None else datasets.Dataset.from_parquet(path, cache_dir=scratch)
@@ -220,6 +220,9 @@ class Data:
             elif len(good) < len(rows):
                 self.rows[split] = rows.select(good)
             self.cut_away[split] = len(rows) - len(good) - len(bad)
+            limit = args.max_train_rows if split == "train" else args.max_eval_rows
+            if limit is not None and limit < len(good):
+                self.rows[split] = rows.select(good[:limit])
             if not len(good):
                 problems.append(f"{names[split]}: no good row is left")
             self.lengths[split] = numbers(self.rows[split], "length")

@@ -3,16 +3,39 @@
 The readers of `datasets` stop at the first broken row without its line, and turn a CSV's text "None" or "1" into something else.
 """
 
+import contextlib
 import csv
+import io
 import json
 from pathlib import Path
 
 from zerotune.errors import UserError
 
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+
+
+def kind_of(path):
+    """Return the ending that says how a file is read; that of its compression is left out."""
+    path = Path(path)
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+@contextlib.contextmanager
+def opened(path):
+    """Open a file, compressed or not, to read bytes."""
+    import pyarrow as pa  # not for the ending of a file's name, which is asked for before the libraries are there
+
+    compression = COMPRESSED.get(Path(path).suffix)
+    try:
+        with open(path, "rb") if compression is None else pa.input_stream(str(path), compression=compression) as file:
+            yield file if compression is None else io.BufferedReader(file, 2**20)
+    except (OSError, EOFError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+
 
 def read_rows(path):
     """Yield (line, record, error) for each row of a file: record is a dict, error says why there is none."""
-    suffix = Path(path).suffix
+    suffix = kind_of(path)
     if suffix == ".txt":
         return ((line, {"text": text}, "") for line, text in text_lines(path) if text.strip())
     if suffix in (".csv", ".tsv"):
@@ -22,7 +45,7 @@ def read_rows(path):
 
 def text_lines(path):
     """Yield (line number, text without its line break); bytes that are not UTF-8 raise UserError."""
-    with open(path, "rb") as file:
+    with opened(path) as file:
         for number, raw in enumerate(file, 1):
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
@@ -33,8 +56,8 @@ def text_lines(path):
 def csv_rows(path, delimiter):
     """Yield (line, record, error) of a delimited file with a header; the line is the one on which the row begins."""
     csv.field_size_limit(2**31 - 1)
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+    with opened(path) as file:
+        reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
         begin = 1
         try:
             header, begin = next(reader, []), 2
@@ -71,7 +94,8 @@ def json_line(number, text):
 
 
 def json_array(path):
-    text = Path(path).read_text("utf-8-sig")
+    with opened(path) as file:
+        text = file.read().decode("utf-8-sig")
     decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
     while True:
         while position < len(text) and text[position] in " \t\r\n,":

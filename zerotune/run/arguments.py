@@ -47,7 +47,10 @@ class ModelArguments:
 class DataArguments:
     title = "data"
     train_file: str | None = flag(
-        None, "Training rows: .json, .jsonl, .csv, .tsv, .parquet or .txt (one row a line).", CONTENT, unit="file"
+        None,
+        "Training rows: .json, .jsonl, .csv, .tsv, .parquet or .txt (one row a line); text also as .gz or .zst.",
+        CONTENT,
+        unit="file",
     )
     validation_file: str | None = flag(
         None, "Rows evaluated every eval_steps and at the end; a format as above.", HARMLESS, unit="file"
@@ -94,6 +97,10 @@ class DataArguments:
     )
     max_target_length: int = flag(
         128, "Longest target, in tokens; longer ones are truncated and counted.", ROWS, range=POSITIVE, unit="tokens"
+    )
+    max_train_rows: int | None = flag(None, "Take the first N good training rows alone.", CONTENT, range=POSITIVE, unit="rows")
+    max_eval_rows: int | None = flag(
+        None, "Take the first N good rows alone of validation_file and of test_file.", HARMLESS, range=POSITIVE, unit="rows"
     )
     skip_bad_rows: bool = flag(False, "Leave malformed rows out and count them in run.json, instead of stopping.", CONTENT)
     preprocessing_num_workers: int = flag(1, "Processes that tokenise, on each node.", HARMLESS, range=POSITIVE, unit="processes")
@@ -350,7 +357,7 @@ FIXED = (
     "double_quant optim"
 ).split()
 LED_TO_BY = {  # what is compared on resume and is no flag's value: the flags that lead to it
-    "training rows": ["train_file", "dataset_name", "chat_template", *names_deciding(DataArguments, ROWS)],
+    "training rows": ["train_file", "dataset_name", "chat_template", "max_train_rows", *names_deciding(DataArguments, ROWS)],
     "warm-up steps": ["warmup_steps", "warmup_ratio"],
     "steps of the schedule": ["max_steps", "num_train_epochs"],
     "rows a step": ["per_device_train_batch_size", "gradient_accumulation_steps"],

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from zerotune.errors import nearest
+from zerotune.rows.files import kind_of
 from zerotune.run.best import known_metrics, metric_key, writes_checkpoints
 
 
@@ -159,8 +160,8 @@ def check_files(args, required):
         path = getattr(args, name)
         if path:
             need(os.access(path, os.R_OK) and Path(path).is_file(), f"--{name} {path}: no such file, or not readable")
-            known = name == "chat_template" or Path(path).suffix in DATA_SUFFIXES
-            need(known, f"--{name} {path}: the ending must be one of {' '.join(DATA_SUFFIXES)}")
+            known = name == "chat_template" or kind_of(path) in DATA_SUFFIXES
+            need(known, f"--{name} {path}: the ending must be one of {' '.join(DATA_SUFFIXES)}, compressed: .gz or .zst after it")
     need(
         (args.save_steps == "auto") == (args.mean_hours_between_failures is not None),
         "--save_steps auto and --mean_hours_between_failures go together; give both or none",
