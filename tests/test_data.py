@@ -214,7 +214,9 @@ def test_collator_pads_and_counts(tmp_path, tokenizer):
 @pytest.mark.parametrize("grouped", [True, False])
 def test_ranks_and_micro_batches_of_a_step_are_its_rows(tmp_path, tokenizer, grouped):
     data = load(write(tmp_path / "a.jsonl", ROWS * 8), tokenizer)
-    args = SimpleNamespace(seed=3, gradient_accumulation_steps=2, per_device_train_batch_size=3, group_by_length=grouped)
+    args = SimpleNamespace(
+        seed=3, gradient_accumulation_steps=2, per_device_train_batch_size=3, group_by_length=grouped, length_window=1
+    )
     collator = Collator("seq2seq", 0)
     ranks = [TrainingSteps(data, collator, args, num_processes=2, rank=rank)[0] for rank in range(2)]
     assert all(len(batches) == 2 and all(batch["input_ids"].shape[0] == 3 for batch in batches) for batches in ranks)
@@ -309,3 +311,18 @@ def test_compressed_files_and_the_first_rows(tmp_path, tokenizer, suffix):
     first = load(path, tokenizer, max_train_rows=2, validation_file=str(path), max_eval_rows=1, **flags)
     assert len(first.rows["train"]) == 2 == len(first.lengths["train"]) and len(first.rows["validation"]) == 1
     assert first.rows["train"][:] == plain[:2] and first.report()["train"]["rows"] == 2
+
+
+def test_a_window_of_steps_shares_its_rows_out_by_length():
+    """As many rows as without it in each window, every row once an epoch, less padding; a step needs no other to be known."""
+    lengths, (num_rows, size, window) = np.random.default_rng(0).integers(1, 100, 40), (40, 4, 5)
+    plain = [rows_of_step(step, num_rows, size, 7) for step in range(20)]
+    steps = [rows_of_step(step, num_rows, size, 7, window=window, lengths=lengths) for step in range(20)]
+    for begin in range(0, 20, window):
+        assert sorted(np.concatenate(steps[begin : begin + window])) == sorted(np.concatenate(plain[begin : begin + window]))
+    together = rows_of_step(3, num_rows, size, 7, 9, window=window, lengths=lengths)
+    assert np.array_equal(together, np.concatenate(steps[3:12]))
+    padded = [sum(lengths[rows].max() * size for rows in order) for order in (plain, steps)]
+    assert padded[1] < 0.75 * padded[0]
+    firsts = [lengths[rows].mean() for rows in steps[::window]]
+    assert len(set(firsts)) > 1 and firsts != sorted(firsts, reverse=True), "not the longest first in every window"

@@ -34,17 +34,18 @@ def plan(*words, **environment):
 
 @pytest.mark.parametrize("by_length", [True, False])
 @pytest.mark.parametrize("decoder", [True, False])
-@pytest.mark.parametrize("rows, accumulation, processes, multiple", [(2, 3, 2, 1), (4, 1, 3, 8), (1, 4, 1, 8)])
-def test_the_largest_shape_is_the_largest_that_training_makes(by_length, decoder, rows, accumulation, processes, multiple):
+@pytest.mark.parametrize("rows, accumulation, processes, multiple, window", [(2, 3, 2, 1, 1), (4, 1, 3, 8, 3), (1, 4, 1, 8, 1)])
+def test_the_largest_shape_is_the_largest_that_training_makes(by_length, decoder, rows, accumulation, processes, multiple, window):
     """Beside TrainingSteps itself, over all ranks and steps of a run, epochs' borders included."""
     generator = np.random.default_rng(7)
     sources, targets = generator.integers(1, 90, 37), generator.integers(1, 40, 37) * decoder
     steps = 9
     cut = {"rows": rows, "accumulation": accumulation, "num_processes": processes, "multiple": multiple}
-    found = largest_shapes(sources, targets, max_steps=steps, seed=3, by_length=by_length, **cut)
+    found = largest_shapes(sources, targets, max_steps=steps, seed=3, by_length=by_length, window=window, **cut)
     args = SimpleNamespace(
-        seed=3, gradient_accumulation_steps=accumulation, group_by_length=by_length, per_device_train_batch_size=rows
-    )
+        seed=3, gradient_accumulation_steps=accumulation, group_by_length=by_length, per_device_train_batch_size=rows,
+        length_window=window,
+    )  # fmt: skip
     data = SimpleNamespace(rows={"train": range(37)}, lengths={"train": sources + targets})
     made = {}
     for rank in range(processes):

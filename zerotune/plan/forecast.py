@@ -106,6 +106,7 @@ class Planner:
             max_steps=max(1, steps),
             seed=args.seed,
             by_length=args.group_by_length,
+            window=args.length_window,
             multiple=8 if on_gpu else 1,
         )
 

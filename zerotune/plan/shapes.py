@@ -48,7 +48,7 @@ def row_lengths(rows, task):
     return lengths - targets, targets
 
 
-def largest_shapes(sources, targets, *, rows, accumulation, num_processes, max_steps, seed, by_length, multiple):
+def largest_shapes(sources, targets, *, rows, accumulation, num_processes, max_steps, seed, by_length, multiple, window=1):
     """Return the shapes among which the largest micro-batch of a run is, a list of steps, each the list of its shapes.
 
     sources, targets: tokens of each row, int arrays; rows: of a micro-batch; multiple: what lengths are padded to. A step is the
@@ -63,7 +63,7 @@ def largest_shapes(sources, targets, *, rows, accumulation, num_processes, max_s
     at_once = max(1, ITEMS_AT_ONCE // size)
     for start in range(0, max_steps, at_once):
         steps = range(start, min(start + at_once, max_steps))
-        items = rows_of_step(start, len(sources), size, seed, len(steps)).reshape(len(steps), size)
+        items = rows_of_step(start, len(sources), size, seed, len(steps), 0, window, sources + targets).reshape(len(steps), size)
         if by_length:
             order = np.argsort(-(sources + targets)[items], axis=1, kind="stable")
             items = np.take_along_axis(items, order, axis=1)

@@ -15,17 +15,30 @@ def epoch_permutation(num_rows, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
-def rows_of_step(step, num_rows, batch_size, seed, num_steps=1, offset=0):
+def rows_of_step(step, num_rows, batch_size, seed, num_steps=1, offset=0, window=1, lengths=None):
     """Return the row numbers, int64 of shape (num_steps * batch_size,), that optimizer steps from `step` (from 0) on learn from.
 
-    offset: items by which the stream is shifted, in a run whose batch_size has changed on the way.
+    offset: items by which the stream is shifted, in a run whose batch_size has changed on the way. window: of so many steps on end,
+    which take the same rows together as they would without, each step takes rows of like length; lengths: of all rows, for that.
     """
+    if window > 1:
+        first, last = step // window, (step + num_steps - 1) // window
+        given = num_rows, batch_size, seed, offset, window, lengths
+        rows = np.concatenate([rows_of_window(number, *given) for number in range(first, last + 1)])
+        return rows[step - first * window :][:num_steps].ravel()
     items = np.arange(step * batch_size, (step + num_steps) * batch_size) + offset
     epochs, places = items // num_rows, items % num_rows
     rows = np.empty(len(items), dtype=np.int64)
     for epoch in np.unique(epochs):
         rows[epochs == epoch] = epoch_permutation(num_rows, seed, int(epoch))[places[epochs == epoch]]
     return rows
+
+
+def rows_of_window(number, num_rows, batch_size, seed, offset, window, lengths):
+    """Return the rows of one window, int64 of shape (window, batch_size): sorted by length, the steps in random order."""
+    rows = rows_of_step(number * window, num_rows, batch_size, seed, window, offset)
+    rows = rows[np.argsort(-np.asarray(lengths)[rows], kind="stable")].reshape(window, batch_size)
+    return rows[np.random.default_rng([seed, number, window]).permutation(window)]
 
 
 def deal(rows, lengths, num_micro_batches, num_processes):

@@ -77,11 +77,12 @@ class TrainingSteps(torch.utils.data.Dataset):
         """offset: as in rows_of_step."""
         self.rows, self.lengths, self.collator = data.rows["train"], data.lengths["train"], collator
         self.seed, self.accumulation, self.grouped = args.seed, args.gradient_accumulation_steps, args.group_by_length
-        self.num_processes, self.rank, self.offset = num_processes, rank, offset
+        self.num_processes, self.rank, self.offset, self.window = num_processes, rank, offset, args.length_window
         self.rows_per_step = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
 
     def rows_of(self, step):
-        return rows_of_step(step, len(self.rows), self.rows_per_step, self.seed, offset=self.offset)
+        order = self.seed, 1, self.offset, self.window, self.lengths
+        return rows_of_step(step, len(self.rows), self.rows_per_step, *order)
 
     def lines_of_step(self, step):
         """Return the lines, in the training file, of the rows that optimizer step `step` takes on all ranks."""

@@ -107,6 +107,10 @@ class DataArguments:
     group_by_length: bool = flag(
         True, "Sort the rows of an optimizer step by length before they are cut into micro-batches.", MATHEMATICS
     )
+    length_window: int = flag(
+        1, "Share the rows of N steps out over them by length: less padding, but another order of the rows.", MATHEMATICS,
+        range=POSITIVE, unit="steps",
+    )  # fmt: skip
     dataloader_num_workers: int = flag(
         0,
         "Processes a rank that collate batches ahead of the step; 0: in the loop.",
