@@ -1,11 +1,14 @@
 """Time the preparation of rows: train.py's own, with one process and several and from its cache, beside `datasets` alone.
 
     python -m zerotune.tools.benchmark.rows --out benchmarks/cpu/rows
+    python -m zerotune.tools.benchmark.rows --out benchmarks/cpu/chats --chats
     python -m zerotune.tools.benchmark.rows --out runs/rows --train_file rows.jsonl --source_column question --target_column answer
 
 `datasets` alone is load_dataset("json") and a batched map of the same tokenizer with truncation, as example scripts do it; it
-neither checks a row nor knows its line. Without --train_file the rows are the quickstart's, numbered, --num_rows of them. Each run
-is a process of its own with empty caches; the clock starts when everything is imported. The folder gets results.json and table.md.
+neither checks a row nor knows its line. With --chats each row is a conversation under a ChatML template, and `datasets` alone maps
+the tokenizer's apply_chat_template over batches, which does not say what is learned. Without --train_file the rows are the
+quickstart's, numbered, --num_rows of them. Each run is a process of its own with empty caches; the clock starts when everything is
+imported. The folder gets results.json and table.md.
 """
 
 import argparse
@@ -25,14 +28,21 @@ OURS = """
 from zerotune.rows.data import Data
 from zerotune.run.arguments import Arguments
 args = Arguments(preprocessing_num_workers=workers, **flags)
+if args.messages_column:
+    from zerotune.rows.chat import load_template
+    load_template(tokenizer, args)
 def prepare():
     return len(Data(args, tokenizer).rows["train"])
 """
 ALONE = """
 def encode(batch):
+    if "messages_column" in flags:
+        return tokenizer.apply_chat_template(batch["messages"], tokenize=True, return_dict=True, truncation=True, max_length=512)
     inputs = tokenizer(batch[flags["source_column"]], truncation=True, max_length=512)
     inputs["labels"] = tokenizer(text_target=batch[flags["target_column"]], truncation=True, max_length=128)["input_ids"]
     return inputs
+if "messages_column" in flags:
+    tokenizer.chat_template = open(flags["chat_template"]).read()
 def prepare():
     rows = datasets.load_dataset("json", data_files=flags["train_file"])["train"]
     return len(rows.map(encode, batched=True, remove_columns=rows.column_names, num_proc=workers if workers > 1 else None))
@@ -46,6 +56,10 @@ begin = time.perf_counter()
 count = prepare()
 print(json.dumps([count, time.perf_counter() - begin]))
 """
+CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 KINDS = {  # name: (program, processes); the cached run finds what the one before it wrote
     "train.py, 1 process": (OURS, 1),
     "train.py, cached": (OURS, 1),
@@ -67,13 +81,21 @@ def seconds(kind, flags, tokenizer, cache):
     return took, count
 
 
-def numbered(path, target, num_rows):
-    """Write num_rows rows of a JSON Lines file, over and over, each with its number in its source, so that no two are equal."""
+def numbered(path, target, num_rows, chats):
+    """Write num_rows rows of a JSON Lines file, over and over, each with its number in its source, so that no two are equal.
+
+    chats: two rows as a conversation of four turns in place of one row.
+    """
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     with open(target, "w") as file:
         for number in range(num_rows):
-            row = rows[number % len(rows)]
-            file.write(json.dumps({"source": f"# {number}\n{row['source']}", "target": row["target"]}) + "\n")
+            row, other = rows[number % len(rows)], rows[(number + 1) % len(rows)]
+            record = {"source": f"# {number}\n{row['source']}", "target": row["target"]}
+            if chats:
+                turns = [record["source"], record["target"], other["source"], other["target"]]
+                roles = ("user", "assistant", "user", "assistant")
+                record = {"messages": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]}
+            file.write(json.dumps(record) + "\n")
 
 
 def main():
@@ -83,6 +105,7 @@ def main():
     parser.add_argument("--source_column", default="source")
     parser.add_argument("--target_column", default="target")
     parser.add_argument("--tokenizer_name", help="default: the quickstart's, BPE of 4,096 words")
+    parser.add_argument("--chats", action="store_true", help="conversations of four turns, made of the quickstart's rows")
     parser.add_argument("--num_rows", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -91,8 +114,12 @@ def main():
         file, tokenizer = args.train_file, args.tokenizer_name or f"{folder}/model"
         if file is None:
             file = f"{folder}/numbered.jsonl"
-            numbered(f"{folder}/train.jsonl", file, args.num_rows)
+            numbered(f"{folder}/train.jsonl", file, args.num_rows, args.chats)
         flags = {"train_file": file, "source_column": args.source_column, "target_column": args.target_column}
+        if args.chats:
+            template = Path(folder) / "chatml.jinja"
+            template.write_text(CHATML)
+            flags = {"train_file": file, "task": "causal", "messages_column": "messages", "chat_template": str(template)}
         found = {kind: [] for kind in KINDS}
         for repeat in range(args.repeats):
             for kind in KINDS:
