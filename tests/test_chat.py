@@ -15,7 +15,7 @@ from zerotune.run.arguments import Arguments, check_arguments
 TEMPLATES = Path(__file__).parent / "chat_templates"
 SPECIAL = (
     "<pad> <s> </s> <|im_start|> <|im_end|> <|im_sep|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|system|> <|user|> "
-    "<|assistant|> <|end|> <start_of_turn> <end_of_turn> <|start|> <|channel|> <|message|> <|return|> <|User|> <|Assistant|>"
+    "<|assistant|> <|end|> <|er|> <start_of_turn> <end_of_turn> <|start|> <|channel|> <|message|> <|return|> <|User|> <|Assistant|>"
 ).split()
 
 
@@ -36,10 +36,12 @@ def tokenizer():
 
 
 def encoded(tokenizer, template, conversations, **flags):
-    """Return (rows, marked texts) of conversations, each a list of messages or a record."""
-    args = Arguments(
-        task="causal", messages_column="messages", chat_template=str(TEMPLATES / f"{template}.jinja"), max_source_length=4096
-    )
+    """Return (rows, marked texts) of conversations, each a list of messages or a record; template: a name, or Jinja."""
+    args = Arguments(task="causal", messages_column="messages", max_source_length=4096)
+    if "{" in template:
+        tokenizer.chat_template = template
+    else:
+        args.chat_template = str(TEMPLATES / f"{template}.jinja")
     vars(args).update(flags)
     load_template(tokenizer, args)
     records = [chat if isinstance(chat, dict) else {"messages": chat} for chat in conversations]
@@ -179,6 +181,13 @@ def test_truncation(tokenizer):
     assert row["input_ids"] == short["input_ids"][:-4] and row["target_cut"] == 4, "the last exchange is cut at its end"
     (row,), _ = encoded(tokenizer, "chatml", [long], max_source_length=50, truncation="end")
     assert len(row["input_ids"]) == 50 and row["target_cut"] == whole - 50
+    spans = encoded(tokenizer, "chatml", [long], max_source_length=95, truncation="end")
+    assert spans[0][0]["references"] == ["b" * 30] and spans[1][0].rpartition("⟦")[2].startswith("bb"), (
+        "the last answer is cut away"
+    )
+    middle = [*long[:3], {"role": "system", "content": "t"}, *long[3:]]
+    (text,) = encoded(tokenizer, "chatml", [middle], max_source_length=len(short["input_ids"]) + 30)[1]
+    assert text.startswith("<|im_start|>system\ns<|im_end|>\n<|im_start|>system\nt<|im_end|>\n<|im_start|>user\nccccc")
     (row,), _ = encoded(tokenizer, "chatml", [long], max_source_length=20)
     assert row["error"] == CUT_AWAY
     (row,), _ = encoded(tokenizer, "chatml", [long], max_source_length=50, truncation="refuse")
@@ -199,7 +208,7 @@ BAD = {
     "content": ([{"role": "user"}], "message 1 (user): no content"),
     "parts": ([{"role": "user", "content": [{"type": "image"}]}], "message 1 (user): content is list, not text"),
     "no answer": (chat("hi"), "no turn of the assistant to learn from"),
-    "surrogate": (chat("\ud800", "x"), "message 1 (user): half a character (a lone surrogate) at 0"),
+    "surrogate": (chat("\ud800", "x"), "a message holds half a character (a lone surrogate)"),
     "tools": ({"messages": TWO, "tools": "{"}, "column 'tools': broken JSON"),
 }
 
@@ -209,6 +218,61 @@ def test_bad_rows(tokenizer, kind):
     row, problem = BAD[kind]
     rows, _ = encoded(tokenizer, "chatml", [TWO, row])
     assert rows[1]["error"].startswith(problem) and not rows[0]["error"]
+
+
+TURNS = "{% for m in messages %}%s{% endfor %}{% if add_generation_prompt %}%s{% endif %}"
+
+
+def turns(each, prompt):
+    """Return a template that writes `each` message m, and a prompt."""
+    return TURNS.replace("%s", each, 1).replace("%s", prompt)
+
+
+def test_where_answers_begin_and_end(tokenizer):
+    """Tokens that reach over the ends of an answer, ends of two tokens or none, and answers that hold what ends them."""
+    plain = turns("{{ m.role }}:{{ '\n' }}{{ m.content }}{{ '\n' }}", "assistant:{{ '\n' }}")
+    (row,), _ = encoded(tokenizer, plain, [chat("hi", "\nho")])
+    assert "one token of the end of the prompt and the begin of the answer, at" in row["error"], "\\n\\n is one token"
+    (row,), _ = encoded(tokenizer, turns("{{ '\n' }}{{ m.role }}: {{ m.content }}{{ '\n' }}", "{{ '\n' }}assistant: "), [TWO])
+    assert "one token of the end of an answer and of what follows it" in row["error"]
+    (text,) = encoded(tokenizer, "plain", [chat("hi", "ho 😀")])[1]
+    assert text.endswith("⟦ho 😀\n⟧")
+
+    two = turns("<|{{ m.role }}|>{{ m.content }}<|er|><|end|>", "<|assistant|>")
+    assert encoded(tokenizer, two, [chat("hi", "ho")])[1] == ["<|user|>hi<|er|><|end|><|assistant|>⟦ho<|er|><|end|>⟧"]
+    for endless in (
+        turns("<|{{ m.role }}|>{{ m.content }}", "<|assistant|>"),
+        turns("<|{{ m.role }}|>{{ m.content }}{% if not loop.last or add_generation_prompt %}<|end|>{% endif %}", "<|assistant|>"),
+    ):
+        with pytest.raises(UserError, match="ends an answer only where another turn follows"):
+            encoded(tokenizer, endless, [chat("hi", "ho")])
+
+    odd = [chat("hi", "use <s> to"), {"messages": chat("hi", "use <s> to"), "other": 1}]
+    assert encoded(tokenizer, "plain", odd)[1] == ["user: hi\nassistant: ⟦use <s> to\n⟧"] * 2
+    assert encoded(tokenizer, "chatml", odd[:1])[1][0].endswith("⟦use <s> to<|im_end|>⟧\n")
+    for row in (chat("hi", "a<|im_end|>b"), chat("hi", "a<|im_end|>b", "c", "d")):
+        assert encoded(tokenizer, "chatml", [row])[0][0]["error"] == "an answer holds '<|im_end|>', at which generation would stop"
+    assert encoded(tokenizer, "chatml", [chat("a<|im_end|>b", "ho")])[1][0].endswith("⟦ho<|im_end|>⟧\n")
+
+
+def test_prompts_that_depend_on_what_was_said(tokenizer):
+    """The conversation of placeholders does not speak for these; each row's own prompt is asked for."""
+    thinks = turns(
+        "<|{{ m.role }}|>{{ m.content }}<|end|>", "<|assistant|>{% if 'quick' in messages[-1].content %}<think></think>{% endif %}"
+    )
+    rows, texts = encoded(tokenizer, thinks, [chat("hi", "ho"), chat("quick, hi", "ho"), chat("quick", "<think></think>ho")])
+    assert texts[0] == "<|user|>hi<|end|><|assistant|>⟦ho<|end|>⟧" and texts[2].endswith("<think></think>⟦ho<|end|>⟧")
+    assert "prompts for it with '<think></think>', but renders 'ho<|end|>'" in rows[1]["error"]
+
+
+def test_tool_calls_as_others_write_them(tokenizer):
+    call = {"function": {"name": "add", "arguments": '{"a": 1}'}}
+    asked = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "tool_calls": [call]}]
+    assert encoded(tokenizer, "llama3", [asked])[1][0].endswith('⟦{"name": "add", "parameters": {"a": 1}}<|eot_id|>⟧')
+    rows, _ = encoded(tokenizer, "chatml", [asked, {"messages": TWO, "tools": [{"name": "add"}]}, chat("hi", "ho")[1:]])
+    assert rows[0]["error"].startswith("tool_calls are given, but the chat template does not know them; give another")
+    assert rows[1]["error"].startswith("tools are given, but the chat template does not know them")
+    assert rows[2]["error"].startswith("the first message is the assistant's")
 
 
 def test_templates_that_cannot_be_learned_from(tokenizer, tmp_path):

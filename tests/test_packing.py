@@ -138,11 +138,13 @@ def test_every_token_once():
         places = places_in_rows(batch["token_rows"])
         for row in rows.tolist():
             assert places[batch["token_rows"] == row].tolist() == list(range(sources[row - 1]))
+        assert not places[batch["token_rows"] == 0].any(), "padding takes no positions that a model may not have"
+        assert len(lines_of(sources, targets, 64, multiple, count=1)) == 1
 
 
 def test_what_is_refused():
     model_class, config = tiny_config("t5", 0.0)
-    with pytest.raises(UserError, match="eager attention would take the masks of rows for numbers; it needs sdpa"):
+    with pytest.raises(UserError, match="eager attention would not keep the rows of this model apart; it needs sdpa"):
         pack_forward(model_class._from_config(config, attn_implementation="eager"))
     model_class, config = tiny_config("bert", 0.0)
     with pytest.raises(UserError, match="not known to be exact for a bert model; it is for bart, "):

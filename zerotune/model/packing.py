@@ -23,11 +23,12 @@ def check_packable(config):
 
 
 def places_in_rows(rows):
-    """Return each token's place in its row, from 0; rows: which row each token is of, int64 of shape (lines, length)."""
+    """Return each token's place in its row, from 0, and 0 for padding; rows: which row a token is of, int64 (lines, length)."""
     places = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     begins = torch.ones_like(rows, dtype=torch.bool)
     begins[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    return places - torch.where(begins, places, 0).cummax(1).values
+    places = places - torch.where(begins, places, 0).cummax(1).values
+    return torch.where(rows == 0, 0, places)  # padding may be longer than a model has positions
 
 
 def same_row(queries, keys):
@@ -42,12 +43,14 @@ def pack_forward(model):
     itself, sliding windows included (masking_utils.py, find_packed_sequence_indices). Encoder-decoders need three masks, and their
     encoder is called first, because one attention_mask would have to be the encoder's and the cross-attention's.
 
-    Raises UserError for a family that is not known, and for attention that reads boolean masks as numbers.
+    Raises UserError for a family that is not known, and for attention that would not see these masks for what they are: eager
+    attention of encoder-decoders adds booleans, and flash attention knows packed rows in batches of one line alone.
     """
     check_packable(model.config)
-    if model.config.is_encoder_decoder and model.config._attn_implementation != "sdpa":
+    attention, known = model.config._attn_implementation, ("sdpa",) if model.config.is_encoder_decoder else ("sdpa", "eager")
+    if attention not in known:
         raise UserError(
-            f"--packing: {model.config._attn_implementation} attention would take the masks of rows for numbers; it needs sdpa"
+            f"--packing: {attention} attention would not keep the rows of this model apart; it needs {' or '.join(known)}"
         )
     model_forward, positions = model.forward, None
     encoder = model.get_encoder() if model.config.is_encoder_decoder else None

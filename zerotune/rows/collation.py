@@ -38,15 +38,15 @@ class Collator:
             batch["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
         return batch
 
-    def packed(self, columns):
+    def packed(self, columns, count=None):
         """Return the rows laid end to end: input_ids, token_rows, labels, and decoder_input_ids with target_rows for seq2seq.
 
-        As model/packing.py takes them; each is (lines, length).
+        As model/packing.py takes them; each is (lines, length). count: of lines, in place of the best.
         """
         ids, labels = columns["input_ids"], columns["labels"]
         sources = np.array([len(row) for row in ids])
         targets = np.array([len(row) for row in labels]) if self.decoder_inputs else np.zeros_like(sources)
-        lines = lines_of(sources, targets, self.packing_width, self.multiple)
+        lines = lines_of(sources, targets, self.packing_width, self.multiple, count)
 
         def laid(rows, value):
             return self.pad_rows([[token for row in line for token in rows[row]] for line in lines], value)

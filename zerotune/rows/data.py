@@ -151,7 +151,15 @@ def records_of(path, hub_split, scratch):
 
 def table_rows(table):
     for number, record in enumerate(table, 1):
-        yield number, json.loads(json.dumps(record, default=str)), ""  # dates and the like become texts
+        record = json.loads(json.dumps(record, default=str))  # dates and the like become texts
+        yield number, {name: without_nulls(value) for name, value in record.items()}, ""
+
+
+def without_nulls(value):
+    """Return a nested value without the empty entries that a table's rows get for all that any other row has."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def column(rows, name):

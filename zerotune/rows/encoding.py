@@ -70,7 +70,8 @@ def rows_of(line, record, args, chats, all_targets):
             raise ValueError(f"column {args.label_column!r} is {found}; see --label_column")
         return [Row(line, source=text, label=str(label))]
     if chats:
-        return [Row(line, messages=messages_of(record, args.messages_column), given=chats.given(record, args.messages_column))]
+        messages = messages_of(record, args.messages_column)
+        return [Row(line, messages=messages, given=chats.given(record, messages, args.messages_column))]
     if args.task == "causal" and args.text_column:
         text = text_of(record, args.text_column, "text_column")
         return [Row(line, target=text, references=[text])]
@@ -151,60 +152,91 @@ def shifted(labels):
 
 
 def chat_rows(rows, tokenizer, args, chats):
-    """Return rows of conversations with their tokens; a conversation may give several, and too long ones are cut."""
-    good = [row for row in rows if not row.error]
-    made = {}
-    for row, found in zip(good, chats.all_pieces([(row.messages, row.given) for row in good]), strict=True):
-        if isinstance(found, ValueError):
-            row.error = str(found)
-        else:
-            made[id(row)] = found
-    pairs = [(row, piece) for row in good for piece in made.get(id(row), ())]
+    """Return rows of conversations with their tokens; a conversation may give several."""
+    good, result = [row for row in rows if not row.error], [row for row in rows if row.error]
     inner = tokenizer.backend_tokenizer  # without the lists that the outer one makes of all that it knows
     inner.no_truncation()
     inner.no_padding()
+    pairs = []
+    for row, found in zip(good, chats.all_pieces([(row.messages, row.given) for row in good]), strict=True):
+        if isinstance(found, ValueError):
+            result.append(Row(row.line, str(found)))
+        else:
+            pairs += [(row, piece) for piece in found]
     encodings = inner.encode_batch([piece.text for _, piece in pairs], add_special_tokens=False)
-    result = [row for row in rows if row.error]
     for (row, piece), encoding in zip(pairs, encodings, strict=True):
-        limit, before, messages = args.max_source_length, len(encoding), row.messages
-        error, refuses = "", args.truncation == "refuse"
-        while len(encoding) > limit and args.truncation == "oldest_turns":
-            if (shorter := chats.without_oldest(piece, messages, row.given)) is None:
-                break
-            piece, messages = shorter
-            encoding = inner.encode(piece.text, add_special_tokens=False)
-        ids = encoding.ids  # a list that is made each time
-        if len(ids) > limit and refuses:
-            error = f"{len(ids)} tokens, but --max_source_length is {limit}; raise it, or give another --truncation"
-        labels = [IGNORE] * len(ids)
-        for begin, end in (tokens_between(encoding, *span) for span in piece.spans):
-            labels[begin:end] = ids[begin:end]
-        answer = messages[piece.turn].get("content", "")
-        result.append(
-            Row(
-                row.line,
-                error,
-                references=[answer],
-                ids=ids[:limit],
-                labels=shifted(labels[:limit]),
-                prompt_length=min(limit, tokens_between(encoding, piece.start, len(piece.text))[0]),
-                source_cut=before - len(ids),
-                target_cut=max(0, len(ids) - limit),
-            )
-        )
+        try:
+            result.append(chat_row(row, piece, encoding, inner, args, chats))
+        except ValueError as problem:
+            result.append(Row(row.line, str(problem)))
     return sorted(result, key=lambda row: row.line)
 
 
-def tokens_between(encoding, begin, end):
-    """Return (the first token that begins at character `begin` or later, one past the last that ends at `end` or before)."""
-    while begin < end and (first := encoding.char_to_token(begin)) is None:  # a character that no token has, such as a space
-        begin += 1
-    if begin == end:
+def chat_row(row, piece, encoding, inner, args, chats):
+    """Return the Row of a Piece, which is encoded already, cut as --truncation says; raise ValueError."""
+    limit, before, messages = args.max_source_length, len(encoding), row.messages
+    if before > limit and args.truncation == "refuse":
+        raise ValueError(f"{before} tokens, but --max_source_length is {limit}; raise it, or give another --truncation")
+    if before > limit and args.truncation == "oldest_turns":
+
+        def fits(text):
+            return len(inner.encode(text, add_special_tokens=False)) <= limit
+
+        piece, messages = chats.fitting(piece, messages, row.given, fits)
+        encoding = inner.encode(piece.text, add_special_tokens=False)
+    ids = encoding.ids  # a list that is made each time
+    places = [(turn, *tokens_between(encoding, piece.text, begin, end, inner)) for turn, begin, end in piece.answers]
+    there = [place for place in places if place[1] < limit]  # after the cut
+    labels = ids[:limit] if args.train_on == "all" else [IGNORE] * min(limit, len(ids))
+    for _, begin, end in there:
+        labels[begin : min(end, limit)] = ids[begin : min(end, limit)]
+    turn, start, _ = (there or places)[-1]
+    return Row(
+        row.line,
+        references=[messages[turn].get("content", "")],
+        ids=ids[:limit],
+        labels=shifted(labels),
+        prompt_length=min(start, limit),
+        source_cut=before - len(ids),
+        target_cut=max(0, len(ids) - limit),
+    )
+
+
+def tokens_between(encoding, text, begin, end, inner):
+    """Return (number of the first token of an answer, one past its last one) by its characters [begin, end) in the encoded text.
+
+    Raise ValueError where a token reaches over one of its ends: what is generated begins and ends with a token.
+    """
+    place = begin
+    while place < end and (first := encoding.char_to_token(place)) is None:  # a character that no token has, such as a space
+        place += 1
+    if place == end:
         return len(encoding), len(encoding)
-    first += encoding.token_to_chars(first)[0] < begin
-    while (last := encoding.char_to_token(end - 1)) is None:
-        end -= 1
-    return first, last + (encoding.token_to_chars(last)[1] <= end)
+    reaches_back = encoding.token_to_chars(first)[0] < begin
+    if begin and not reaches_back and encoding.char_to_token(begin - 1) is None:  # what has no token may be in the one behind it
+        reaches_back = inner.encode(text[:begin], add_special_tokens=False).ids != encoding.ids[:first]
+    if reaches_back:
+        raise ValueError(
+            "the tokenizer makes one token of the end of the prompt and the begin of the answer, at "
+            f"{text[begin - 8 : begin + 8]!r}; have the template's prompt end elsewhere"
+        )
+    place = end
+    while (last := encoding.char_to_token(place - 1)) is None:
+        place -= 1
+    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1) == encoding.token_to_chars(last):
+        last += 1  # a character of several tokens
+    if encoding.token_to_chars(last)[1] > end and not is_special(inner, encoding.ids[last]):
+        raise ValueError(
+            f"the tokenizer makes one token of the end of an answer and of what follows it, at {text[end - 8 : end + 8]!r}; "
+            "have the template end an answer with a special token"
+        )
+    return first, last + 1
+
+
+def is_special(inner, token):
+    """Tell whether a token is a special one, which may take the space behind it along."""
+    added = inner.get_added_tokens_decoder().get(token)
+    return added is not None and added.special
 
 
 def columns(rows, task):

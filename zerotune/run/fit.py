@@ -152,7 +152,7 @@ class Fit:
             with self.accelerator.autocast():
                 return forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
 
-        packing.check_exact(model, collator(columns), collator.packed(columns), loss_of, precision)
+        packing.check_exact(model, collator(columns), collator.packed(columns, count=1), loss_of, precision)
 
     def missing_states(self, optimizer):
         """Return memory as large as the optimizer states that torch's optimizers only make in their first step."""
