@@ -98,6 +98,7 @@ def limit_memory(size):
 def import_libraries():
     """Import what train.py may: the threads that some libraries start with their first work do not outlive a fork."""
     import bitsandbytes  # noqa: F401
+    import cpuinfo
     import deepspeed  # noqa: F401
     import evaluate  # noqa: F401
     import matplotlib.backends.backend_agg  # noqa: F401
@@ -106,6 +107,8 @@ def import_libraries():
 
     import train  # noqa: F401
 
+    facts = cpuinfo.get_cpu_info()  # takes a second of a process of its own, each time that DeepSpeed loads an operator
+    cpuinfo.get_cpu_info = lambda: facts
     for task in ("CausalLM", "Seq2SeqLM", "SequenceClassification"):
         getattr(transformers, f"AutoModelFor{task}")
     for family in ("t5", "bart", "llama", "gpt2", "bert"):
