@@ -98,6 +98,7 @@ def campaign(server, folder, family, legs, generator, at_random):
         "layouts": [" x ".join(map(str, layout)) for layout in legs]
         if at_random
         else f"{len(legs) - 1} of {len(LAYOUTS) * (len(LAYOUTS) - 1)} ordered pairs",
+        "learning_rate": LEARNING_RATE,
         "steps": len(losses[1]),
         "largest_error_of_a_loss": error,
         "largest_loss_in_steps": max(lost),
