@@ -182,6 +182,8 @@ def load_model(run):
     run.collator = Collator(args.task, run.tokenizer.pad_token_id, run.data.labels, 8 if has_cuda() else 1, decoder_inputs, width)
     run.model, run.optimizer = accelerator.prepare(model, optimizer)
     run.model.train()
+    if args.packing:  # before anything of an earlier run is touched
+        run.fit.try_packing(run.model, run.collator, forward_loss, run.precision)
 
 
 def make_trainable(model, args, tokenizer, dtype, max_steps):
@@ -225,8 +227,6 @@ def resume(run):
     if args.report_to != "none":
         accelerator.init_trackers("zerotune", config={name: str(value) for name, value in vars(args).items()})
     run.console.say("engine: " + ", ".join(f"{key} {value}" for key, value in engine.items()))
-    if args.packing:
-        run.fit.try_packing(model, run.collator, forward_loss, run.precision)
     if args.probe_longest_batch or args.auto_batch:
         run.fit.probe(model, run.optimizer, run.collator, forward_loss, run.console.say)
     run.manifest_facts = {"fingerprint": run.fingerprint, "layout": run.layout, "row_offset": run.schedule.row_offset}

@@ -24,6 +24,7 @@ from zerotune.plan.report import answer, gib, plan_lines
 from zerotune.plan.shapes import row_lengths
 from zerotune.rows.collation import TrainingSteps
 from zerotune.run.checkpoint import list_checkpoints, newest_manifest
+from zerotune.run.evaluation import evaluating
 from zerotune.run.profiling import memory_gib
 from zerotune.run.records import add_to_run, peak_memory
 
@@ -146,13 +147,13 @@ class Fit:
         """Have the model show that it gives two rows the same loss padded and packed; a collective under ZeRO-3."""
         columns = self.data.rows["train"][[0, min(1, len(self.data.rows["train"]) - 1)]]
 
-        def loss_of(batch):
-            batch = send_to_device(batch, self.accelerator.device)
-            labels = batch.pop("labels")
-            with self.accelerator.autocast():
-                return forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
-
-        packing.check_exact(model, collator(columns), collator.packed(columns, count=1), loss_of, precision)
+        losses = []
+        with evaluating(model), self.accelerator.autocast():
+            for batch in (collator(columns), collator.packed(columns, count=1)):
+                batch = send_to_device(batch, self.accelerator.device)
+                labels = batch.pop("labels")
+                losses.append(float(forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)))
+        packing.check_exact(*losses, precision)
 
     def missing_states(self, optimizer):
         """Return memory as large as the optimizer states that torch's optimizers only make in their first step."""
