@@ -353,7 +353,7 @@ def end(run, step):
         run.console.say(f"stopped by signal {stop} after step {step}; the same command goes on from the newest checkpoint")
     saver.wait()
     if run.accelerator.is_main_process:
-        ended = f"signal {stop}" if stop else "early stopping" if run.best.used_up else "all steps"
+        ended = f"signal {stop}" if stop else "all steps" if step >= run.schedule.max_steps else "early stopping"
         records.add_to_run(run.args.output_dir, {"ended": ended})
     run.monitor.draw(ended=True)
     run.accelerator.wait_for_everyone()

@@ -195,7 +195,7 @@ def test_best_and_stop_are_those_of_one_go(train, options, tmp_path, strategy, p
     straight = train(strategy, name="straight", **options | {"save_steps": 1, "save_total_limit": STEPS})
     facts, stop = straight.run["best"], straight.records("eval_loss")[-1]["step"]
     best = straight.run["final_step"]
-    assert facts["stopped_early"] and facts["step"] == best < stop < STEPS
+    assert facts["stopped_early"] and facts["step"] == best < stop < STEPS and straight.run["ended"] == "early stopping"
     values = {record["step"]: record["eval_loss"] for record in straight.records("eval_loss")}
     assert set(values) <= {3, 6, 8, 11, 14, 16, 19, 22, 24, 27} and min(values, key=values.get) == best
     assert f"of step {best} loads with from_pretrained" in straight.output and "no better in 2 evaluations" in straight.output
@@ -208,6 +208,7 @@ def test_best_and_stop_are_those_of_one_go(train, options, tmp_path, strategy, p
         short = train(strategy, name="short", **options | last | {"max_steps": best})
         assert numbers(short, "loss") == numbers(straight, "loss")[:best]
         assert same_final(short, straight) and short.run["final_step"] == best and short.run["best"] is None
+        assert short.run["ended"] == "all steps"
 
     for step in (best - 1, best, stop - 1, stop):
         copy_at(straight.folder, tmp_path / f"at{step}", step)
@@ -235,7 +236,9 @@ def test_an_evaluation_that_a_signal_cuts_off_is_made_up_for(train, options, tmp
     saved = [record["step"] for record in straight.records("checkpoint_bytes")]
     assert set(saved) == {record["best_step"] for record in evaluations}
     cut = train("ddp", name="cut", check=False, environment={"SCRIPT": "tests/cut_evaluation.py", "CUT_AT": "6"}, **options)
-    assert cut.code == 143 and [step for step, _ in list_checkpoints(cut.folder)] == [3, 6], cut.output
+    assert cut.code == 143 and cut.run["ended"] == "signal 15" and [step for step, _ in list_checkpoints(cut.folder)] == [3, 6], (
+        cut.output
+    )
     assert manifest.read(cut.folder / "checkpoint-6")["best"]["evaluated"] == 3
     again = train("ddp", name="cut", **options)
     assert numbers(again, "eval_loss") == numbers(straight, "eval_loss") and same_final(again, straight)
