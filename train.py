@@ -45,9 +45,10 @@ from zerotune.errors import UserError
 from zerotune.model import adapters, loading
 from zerotune.model.activations import enable_gradient_checkpointing
 from zerotune.model.freezing import apply_rules
-from zerotune.model.loss import chunk_loss, count_targets, token_loss_sum
+from zerotune.model.loss import chunk_loss, count_targets, token_losses
 from zerotune.model.packing import check_packable, pack_forward
 from zerotune.model.quantization import quantization_config
+from zerotune.rows.batches import most_micro_batches
 from zerotune.rows.collation import Collator, TrainingSteps
 from zerotune.rows.data import Data, describe, marked
 from zerotune.run import checkpoint, records
@@ -91,7 +92,7 @@ def setup(args):
         deepspeed_plugin=plugin,
         # The loop divides by the token count itself: outside DeepSpeed accelerate must not divide by the accumulation again,
         # while DeepSpeed wants to know the true number (see the backward call).
-        gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps if plugin else 1),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(most_micro_batches(args) if plugin else 1),
         kwargs_handlers=[
             *([InitProcessGroupKwargs(backend, timeout=processes.COLLECTIVE_TIMEOUT)] if strategy.launched else []),
             DistributedDataParallelKwargs(
@@ -129,7 +130,7 @@ def load_rows(run):
         run.console.say(f"data: what is learned of a row: {marked(run.data.rows['train'][0], run.tokenizer)}")
     wanted = args.task, args.metric, len(run.data.rows) > 1
     run.metrics = processes.first_on_each_node(accelerator, lambda: metrics_before_training(*wanted))
-    run.data_report["tokenised_on_ranks"] = processes.ranks_where(any(run.data.built.values()), accelerator)
+    run.data_report["tokenised_on_ranks"] = processes.ranks_where(run.data.built(), accelerator)
     run.fit = Fit(accelerator, run.strategy, run.plugin, args, config, run.tokenizer, run.data, forward_loss, make_trainable)
 
 
@@ -240,17 +241,19 @@ def resume(run):
 
 
 def forward_loss(model, batch, labels, chunked=False):
-    """Run the model, prepared or not, on a batch and return its summed loss, a float32 scalar.
+    """Run the model, prepared or not, on a batch; return (its summed loss, a float32 scalar; each label's loss, for the records).
 
     For another loss: sum over whatever it is a mean of, and have count_targets count the same; any cut of a step stays right then.
     chunked: the model has been through chunk_loss, and its logits never exist as a whole.
     """
     if chunked:
-        return model(**batch, loss_labels=labels)["loss_sum"]
+        outputs = model(**batch, loss_labels=labels)
+        return outputs["loss_sum"], outputs["losses"]
     logits = model(**batch).logits
     if labels.ndim > 1:
         logits = logits[:, -labels.shape[1] :]  # prompt tuning puts positions of its own in front
-    return token_loss_sum(logits, labels)
+    losses = token_losses(logits, labels)
+    return losses.sum(), losses.detach()
 
 
 def accompany(run, start):
@@ -260,7 +263,7 @@ def accompany(run, start):
     counts = {"overflowed_steps": saved["overflowed_steps"]}
     place = accelerator.num_processes, accelerator.process_index, run.schedule.row_offset
     run.training_steps = TrainingSteps(run.data, run.collator, args, *place)
-    run.monitor = Monitor(accelerator, model, optimizer, args, run.schedule, run.console, counts, start)
+    run.monitor = Monitor(accelerator, model, optimizer, args, run.schedule, run.console, counts, start, run.data)
     run.saver = Saver(accelerator, model, optimizer, args, run.manifest_facts, counts, run.monitor)
     lines_of_step = run.training_steps.lines_of_step
     run.guard = Guard(accelerator, model, optimizer, args, run.monitor, run.saver, lines_of_step, saved.get("guard"))
@@ -303,8 +306,9 @@ def train(run, start):
             seed_pass(args.seed, step, index, accelerator.process_index)  # for dropout
             accelerator.sync_gradients = index == len(micro_batches)  # the accumulation boundary, for DDP and DeepSpeed
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-                loss_sum = forward_loss(model, batch, labels, chunked=args.loss_chunks > 0)
+                loss_sum, losses = forward_loss(model, batch, labels, chunked=args.loss_chunks > 0)
                 step_loss += loss_sum.detach()
+                monitor.losses(losses, labels)
                 if accelerator.sync_gradients and run.guard.is_spike(step_loss, targets):
                     loss_sum = loss_sum * math.nan  # gradients that no strategy takes a step with
                 # x processes: DDP and DeepSpeed average gradients over the ranks, and this loss is to be summed.

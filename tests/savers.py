@@ -164,7 +164,7 @@ def loss_of(run, name):
     batch = Collator(args.task, tokenizer.pad_token_id, None, 1, shift)(rows)
     labels = batch.pop("labels")
     with torch.no_grad():
-        return (forward_loss(model, batch, labels) / count_targets({"labels": labels})).item()
+        return (forward_loss(model, batch, labels)[0] / count_targets({"labels": labels})).item()
 
 
 def make_inputs(folder):

@@ -17,7 +17,7 @@ from torture import ranks_of
 
 from zerotune.__main__ import main as tools
 from zerotune.model.freezing import apply_rules
-from zerotune.model.loss import token_loss_sum
+from zerotune.model.loss import token_losses
 from zerotune.rows.collation import shape_terms
 from zerotune.run.profiling import exposed_seconds
 from zerotune.tools.benchmark.cells import status_of
@@ -51,7 +51,7 @@ def test_flops_are_torchs(family, freeze, unfreeze):
         labels = torch.full((5, 13), 8)
         batch["decoder_input_ids"] = labels.clone()
     with FlopCounterMode(display=False) as counter:
-        token_loss_sum(model(**batch, use_cache=False).logits, labels).backward()
+        token_losses(model(**batch, use_cache=False).logits, labels).sum().backward()
     assert np.dot(found, shape_terms(batch)) == pytest.approx(counter.get_total_flops(), rel=1e-9)
     full = np.dot(coefficients(config, task), shape_terms(batch))
     assert (counter.get_total_flops() < 0.9 * full) == bool(freeze)

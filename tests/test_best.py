@@ -9,7 +9,7 @@ from conftest import text
 from state import copy_at, state_hash
 
 from zerotune.engine.schedule import Schedule
-from zerotune.rows.batches import rows_of_step
+from zerotune.rows.batches import Stream, rows_of_step
 from zerotune.run import manifest
 from zerotune.run.arguments import Arguments, check_arguments
 from zerotune.run.best import Best, metric_key
@@ -64,7 +64,7 @@ def test_an_epoch_ends_with_its_last_row(offset):
         items = range((step - 1) * per_step + offset, step * per_step + offset)
         ends |= {step for item in items if item % rows == rows - 1}
     assert {step for step in range(1, 20) if schedule.ends_epoch(step)} == ends and len(ends) >= 6
-    assert len(rows_of_step(0, rows, per_step, 1)) == per_step
+    assert len(rows_of_step(0, Stream(1, [rows]), per_step)) == per_step
     assert {step for step in range(1, 20) if schedule.is_due("epoch", 3, step)} == ends
     assert [step for step in range(1, 20) if schedule.is_due("steps", 7, step)] == [7, 14]
     assert not any(schedule.is_due(*never, step) for step in range(20) for never in (("no", 1), ("steps", 0), ("best", 1)))
@@ -116,14 +116,19 @@ def test_a_best_checkpoint_that_is_not_whole_gives_way_to_the_one_before(tmp_pat
 
 def test_contradictions_are_a_line_each(tmp_path, rows16):
     def lines(**flags):
-        given = {"model_name_or_path": "x", "output_dir": str(tmp_path), "train_file": str(rows16), "validation_file": str(rows16)}
+        given = {
+            "model_name_or_path": "x",
+            "output_dir": str(tmp_path),
+            "train_file": [str(rows16)],
+            "validation_file": [str(rows16)],
+        }
         return check_arguments(Arguments(**given | flags))
 
     best = {"load_best_model_at_end": True, "eval_strategy": "epoch"}
     for flags, message in (
         ({"load_best_model_at_end": True}, "--eval_steps 0 makes one, at the end; give --eval_strategy epoch"),
         ({"early_stopping_patience": 2, "eval_strategy": "no"}, "--early_stopping_patience: compares evaluations, and --eval_st"),
-        (best | {"validation_file": None}, "there are no rows for them; give --validation_file"),
+        (best | {"validation_file": []}, "there are no rows for them; give --validation_file"),
         (
             best | {"metric_for_best_model": "rouge"},
             "(did you mean rouge",
@@ -263,7 +268,7 @@ def test_a_loss_spike_is_skipped_on_all_ranks(train, tiny, tmp_path, strategy, p
     }  # fmt: skip
     straight = train(strategy, name="straight", **options)
     spikes = straight.records("bad_step")
-    odd = [step for step in range(FEWEST + 1, 27) if 5 in rows_of_step(step - 1, 16, 4, 42)]
+    odd = [step for step in range(FEWEST + 1, 27) if 5 in rows_of_step(step - 1, Stream(42, [16]), 4)]
     assert [record["step"] for record in spikes] == odd and [record["loss_spikes"] for record in spikes] == [1, 2, 3]
     assert all("loss spike: " in spike["bad_step"] and 6 in spike["train_file_lines"] for spike in spikes)
     kept = {step: state_hash(folder) for step, folder in list_checkpoints(straight.folder)}

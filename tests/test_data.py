@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from zerotune.errors import UserError
-from zerotune.rows.batches import deal, evaluation_batches, rows_of_step
+from zerotune.rows.batches import Stream, deal, evaluation_batches, rows_of_step
 from zerotune.rows.collation import Collator, TrainingSteps, count_tokens
 from zerotune.rows.data import Data
 from zerotune.rows.files import read_rows
@@ -48,7 +48,7 @@ def write(path, rows=ROWS):
 
 
 def load(path, tokenizer, **flags):
-    return Data(Arguments(train_file=str(path), **flags), tokenizer)
+    return Data(Arguments(train_file=[str(path)], **flags), tokenizer)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
@@ -134,7 +134,7 @@ def test_unreadable_files(tmp_path, tokenizer, name, content, message):
 
 def test_labels_come_from_the_training_rows(tmp_path, tokenizer):
     train = write(tmp_path / "train.jsonl", [{"text": "w1", "label": label} for label in (10, 2, 2)])
-    flags = {"task": "classification", "validation_file": str(write(tmp_path / "v.jsonl", [{"text": "w1", "label": 3}] * 2))}
+    flags = {"task": "classification", "validation_file": [str(write(tmp_path / "v.jsonl", [{"text": "w1", "label": 3}] * 2))]}
     with pytest.raises(UserError, match="(?s)2 bad rows in .*v.jsonl.*v.jsonl:1: label '3' is outside the set 2, 10"):
         load(train, tokenizer, **flags)
     assert load(train, tokenizer, labels=["3", "10", "2"], **flags).labels == ["3", "10", "2"]
@@ -148,11 +148,11 @@ def test_labels_come_from_the_training_rows(tmp_path, tokenizer):
 def test_rows_are_read_once_and_again_when_anything_changes(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl")
     first, again = load(path, tokenizer), load(path, tokenizer)
-    assert (first.built["train"], again.built["train"]) == (True, False) and first.digests == again.digests
-    assert load(path, tokenizer, max_source_length=4).built["train"]
+    assert (first.built(), again.built()) == (True, False) and first.digest("train") == again.digest("train")
+    assert load(path, tokenizer, max_source_length=4).built()
     write(path, ROWS[:2])
     changed = load(path, tokenizer)
-    assert changed.built["train"] and len(changed.rows["train"]) == 2
+    assert changed.built() and len(changed.rows["train"]) == 2
 
 
 def test_processes_that_tokenise_do_not_change_a_byte(tmp_path, tokenizer, monkeypatch):
@@ -163,22 +163,24 @@ def test_processes_that_tokenise_do_not_change_a_byte(tmp_path, tokenizer, monke
     )
     for workers in (1, 3):
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / f"cache{workers}"))
-        assert load(path, tokenizer, preprocessing_num_workers=workers).built["train"]
+        assert load(path, tokenizer, preprocessing_num_workers=workers).built()
         files += (tmp_path / f"cache{workers}").rglob("*.arrow")
     assert len(files) == 2 and files[0].read_bytes() == files[1].read_bytes()
-    monkeypatch.setattr("zerotune.rows.data.read_rows", None)
+    monkeypatch.setattr("zerotune.rows.cache.read_rows", None)
     again = load(path, tokenizer)
-    assert not again.built["train"] and again.rows["train"]["references"][:3] == [[f"w0 {row['target']}"] for row in ROWS]
+    assert not again.built() and again.rows["train"]["references"][:3] == [[f"w0 {row['target']}"] for row in ROWS]
 
 
 def test_every_example_once_an_epoch():
     num_rows, batch_size = 13, 4
-    stream = np.concatenate([rows_of_step(step, num_rows, batch_size, seed=7) for step in range(13)])
+    stream = np.concatenate([rows_of_step(step, Stream(7, [num_rows]), batch_size) for step in range(13)])
     for epoch in range(4):
         assert sorted(stream[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
     assert not np.array_equal(stream[:num_rows], stream[num_rows : 2 * num_rows])
-    assert not np.array_equal(stream[:4], rows_of_step(0, num_rows, batch_size, seed=8))
-    assert np.array_equal(rows_of_step(0, 3, 12, seed=0)[:3], rows_of_step(0, 3, 3, seed=0))  # a batch larger than the data
+    assert not np.array_equal(stream[:4], rows_of_step(0, Stream(8, [num_rows]), batch_size))
+    assert np.array_equal(
+        rows_of_step(0, Stream(0, [3]), 12)[:3], rows_of_step(0, Stream(0, [3]), 3)
+    )  # a batch larger than the data
 
 
 def test_dealing_keeps_the_rows_and_their_lengths_together():
@@ -194,7 +196,7 @@ def test_dealing_keeps_the_rows_and_their_lengths_together():
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 17])
 def test_evaluation_counts_each_row_once_in_equally_many_batches(num_rows):
     lengths = np.arange(num_rows) % 5
-    ranks = [evaluation_batches(lengths, 2, num_processes=3, rank=rank) for rank in range(3)]
+    ranks = [evaluation_batches(np.stack([lengths, lengths], axis=1), 3, rank, batch_size=2) for rank in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
     assert sorted(row for batches in ranks for rows, real in batches for row in rows[real]) == list(range(num_rows))
 
@@ -215,7 +217,12 @@ def test_collator_pads_and_counts(tmp_path, tokenizer):
 def test_ranks_and_micro_batches_of_a_step_are_its_rows(tmp_path, tokenizer, grouped):
     data = load(write(tmp_path / "a.jsonl", ROWS * 8), tokenizer)
     args = SimpleNamespace(
-        seed=3, gradient_accumulation_steps=2, per_device_train_batch_size=3, group_by_length=grouped, length_window=1
+        seed=3,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=3,
+        group_by_length=grouped,
+        length_window=1,
+        max_tokens_per_micro_batch=None,
     )
     collator = Collator("seq2seq", 0)
     ranks = [TrainingSteps(data, collator, args, num_processes=2, rank=rank)[0] for rank in range(2)]
@@ -223,7 +230,7 @@ def test_ranks_and_micro_batches_of_a_step_are_its_rows(tmp_path, tokenizer, gro
     # micro-batch by micro-batch over the ranks
     batches = [batches[index] for index in range(2) for batches in ranks]
     seen = [tuple(t for t in row.tolist() if t) for batch in batches for row in batch["input_ids"]]
-    rows = rows_of_step(0, 24, 12, 3)
+    rows = rows_of_step(0, Stream(3, [24]), 12)
     if not grouped:  # dealt to the ranks like cards
         rows = np.concatenate([half[rank::2] for half in np.split(rows, 2) for rank in range(2)])
     expected = [tuple(data.rows["train"][int(row)]["input_ids"]) for row in rows]
@@ -251,7 +258,7 @@ def test_data_set_by_name_and_several_workers(tmp_path, tokenizer):
     write(folder / "train.jsonl", ROWS * 20)
     write(folder / "test.jsonl")
     data = Data(Arguments(dataset_name=str(folder), preprocessing_num_workers=2), tokenizer)
-    assert set(data.rows) == {"train", "test"} and data.built == {"train": True, "test": True}
+    assert set(data.rows) == {"train", "test"} and all(part.built for parts in data.parts.values() for part in parts)
     assert (
         data.rows["train"]["input_ids"][:] == load(write(tmp_path / "a.jsonl", ROWS * 20), tokenizer).rows["train"]["input_ids"][:]
     )
@@ -267,14 +274,14 @@ def test_data_set_by_name_and_several_workers(tmp_path, tokenizer):
 def test_rows_longer_than_the_model_are_refused(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="longest row has 4 tokens, but the model has 3 positions; lower --max_source_length"):
-        Data(Arguments(train_file=str(path)), tokenizer, max_positions=3)
-    Data(Arguments(train_file=str(path)), tokenizer, max_positions=4)
-    virtual = Arguments(train_file=str(path), peft="prompt", num_virtual_tokens=2)
+        Data(Arguments(train_file=[str(path)]), tokenizer, max_positions=3)
+    Data(Arguments(train_file=[str(path)]), tokenizer, max_positions=4)
+    virtual = Arguments(train_file=[str(path)], peft="prompt", num_virtual_tokens=2)
     with pytest.raises(UserError, match="longest row has 4 tokens beside 2 virtual ones, but the model has 5 positions"):
         Data(virtual, tokenizer, max_positions=5)
     with pytest.raises(UserError, match="gives token 12, but the model has 12 embeddings"):
-        Data(Arguments(train_file=str(write(tmp_path / "b.jsonl", [{"source": "w8", "target": "w1"}]))), tokenizer, vocab_size=12)
-    flags = {"task": "causal", "train_file": str(path), "test_file": str(path), "max_target_length": 8}
+        Data(Arguments(train_file=[str(write(tmp_path / "b.jsonl", [{"source": "w8", "target": "w1"}]))]), tokenizer, vocab_size=12)
+    flags = {"task": "causal", "train_file": [str(path)], "test_file": [str(path)], "max_target_length": 8}
     with pytest.raises(UserError, match="longest prompt and generation have 12 tokens, but the model has 11 positions"):
         Data(Arguments(**flags), tokenizer, max_positions=11)
 
@@ -282,9 +289,9 @@ def test_rows_longer_than_the_model_are_refused(tmp_path, tokenizer):
 def test_several_references(tmp_path, tokenizer):
     rows = [{"source": "w1", "target": ["w2 w3", "w4"]}, {"source": "w5", "target": "w6"}]
     path = write(tmp_path / "rows.jsonl", rows)
-    data = load(path, tokenizer, validation_file=str(path))
+    data = load(path, tokenizer, validation_file=[str(path)])
     assert data.rows["train"]["references"][:] == [["w2 w3", "w4"], ["w6"]] and len(data.rows["train"]) == 2
-    data = load(path, tokenizer, validation_file=str(path), targets="all")
+    data = load(path, tokenizer, validation_file=[str(path)], targets="all")
     assert data.rows["train"]["labels"][:] == [tokenizer(target)["input_ids"] for target in ("w2 w3", "w4", "w6")]
     assert len(data.rows["validation"]) == 2, "an evaluation counts each row once"
     with pytest.raises(UserError, match="column 'target' is int, not text"):
@@ -308,7 +315,7 @@ def test_compressed_files_and_the_first_rows(tmp_path, tokenizer, suffix):
         compressed.write_bytes(compressed.read_bytes()[:-9])
         with pytest.raises(UserError, match="cannot be read"):
             load(compressed, tokenizer, **flags)
-    first = load(path, tokenizer, max_train_rows=2, validation_file=str(path), max_eval_rows=1, **flags)
+    first = load(path, tokenizer, max_train_rows=2, validation_file=[str(path)], max_eval_rows=1, **flags)
     assert len(first.rows["train"]) == 2 == len(first.lengths["train"]) and len(first.rows["validation"]) == 1
     assert first.rows["train"][:] == plain[:2] and first.report()["train"]["rows"] == 2
 
@@ -316,11 +323,11 @@ def test_compressed_files_and_the_first_rows(tmp_path, tokenizer, suffix):
 def test_a_window_of_steps_shares_its_rows_out_by_length():
     """As many rows as without it in each window, every row once an epoch, less padding; a step needs no other to be known."""
     lengths, (num_rows, size, window) = np.random.default_rng(0).integers(1, 100, 40), (40, 4, 5)
-    plain = [rows_of_step(step, num_rows, size, 7) for step in range(20)]
-    steps = [rows_of_step(step, num_rows, size, 7, window=window, lengths=lengths) for step in range(20)]
+    plain = [rows_of_step(step, Stream(7, [num_rows]), size) for step in range(20)]
+    steps = [rows_of_step(step, Stream(7, [num_rows]), size, window=window, lengths=lengths) for step in range(20)]
     for begin in range(0, 20, window):
         assert sorted(np.concatenate(steps[begin : begin + window])) == sorted(np.concatenate(plain[begin : begin + window]))
-    together = rows_of_step(3, num_rows, size, 7, 9, window=window, lengths=lengths)
+    together = rows_of_step(3, Stream(7, [num_rows]), size, 9, window=window, lengths=lengths)
     assert np.array_equal(together, np.concatenate(steps[3:12]))
     padded = [sum(lengths[rows].max() * size for rows in order) for order in (plain, steps)]
     assert padded[1] < 0.75 * padded[0]

@@ -313,7 +313,7 @@ def test_the_compared_command_line_keeps_what_decides_the_numbers(tiny, rows16, 
     ).split()
     args = parse_arguments(words)
     assert parse_arguments(losses.words_of(args)) == args
-    found = parse_arguments(losses.compared(args, tmp_path, rows16, tmp_path / "out", 8))
+    found = parse_arguments(losses.compared(args, tmp_path, [rows16], tmp_path / "out", 8))
     changed = {name for name in vars(args) if getattr(args, name) != getattr(found, name)}
     assert changed == {
         "model_name_or_path", "validation_file", "output_dir", "lora_dropout", "gradient_accumulation_steps", "max_steps",
@@ -348,11 +348,11 @@ def test_rows_of_a_hub_data_set_are_its_training_rows(rows16, tmp_path):
     (tmp_path / "hub").mkdir()
     for split in ("train", "test"):
         (tmp_path / "hub" / f"{split}.jsonl").write_text(rows16.read_text() if split == "train" else rows16.read_text()[:50])
-    assert losses.rows_of_hub(Arguments(train_file=str(rows16)), tmp_path) == str(rows16)
+    assert losses.rows_of_hub(Arguments(train_file=[str(rows16)]), tmp_path) == [str(rows16)]
     lines = [json.loads(line) for line in rows16.read_text().splitlines()]
     (tmp_path / "hub" / "test.jsonl").write_text(json.dumps(lines[0]) + "\n")
     path = losses.rows_of_hub(Arguments(dataset_name=str(tmp_path / "hub")), tmp_path)
-    assert Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache")).to_list() == lines
+    assert Dataset.from_parquet(list(map(str, path)), cache_dir=str(tmp_path / "cache")).to_list() == lines
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import train as script
 from zerotune.model import loading
 from zerotune.model.activations import enable_gradient_checkpointing
 from zerotune.model.freezing import apply_rules
-from zerotune.model.loss import token_loss_sum
+from zerotune.model.loss import token_losses
 from zerotune.plan.allocator import replay
 from zerotune.plan.empty import empty_model, fake_tensors, pretend
 from zerotune.plan.shapes import Shape
@@ -128,7 +128,7 @@ def test_checkpointing_leaves_a_frozen_prefix_alone():
     def step():
         model.zero_grad()
         torch.cuda.reset_peak_memory_stats()
-        token_loss_sum(model(input_ids=ids, use_cache=False).logits, ids).backward()
+        token_losses(model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         return gradients, torch.cuda.max_memory_allocated()
 
@@ -180,7 +180,7 @@ def test_planned_memory_is_what_cuda_takes(model, learns, saver, shape):
         batch, labels = batch_of(real, config, task, size)
         batch["attention_mask"][0, -1] = int(not size.padded)
         batch = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-        (script.forward_loss(real, batch, labels.cuda(), **options) / 7).backward()
+        (script.forward_loss(real, batch, labels.cuda(), **options)[0] / 7).backward()
         real.zero_grad()
     allocated = torch.cuda.max_memory_allocated() - before[0]
     reserved = torch.cuda.max_memory_reserved() - before[1]

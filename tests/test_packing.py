@@ -9,7 +9,7 @@ from conftest import SPECIALS, WORDS, tiny_config
 
 from zerotune.errors import UserError
 from zerotune.model.loading import decoder_inputs
-from zerotune.model.loss import token_loss_sum
+from zerotune.model.loss import token_losses
 from zerotune.model.packing import DECODERS, ENCODER_DECODERS, check_exact, pack_forward, places_in_rows
 from zerotune.rows import IGNORE
 from zerotune.rows.collation import Collator, count_tokens
@@ -71,7 +71,7 @@ def gradients(model, batch):
     model.zero_grad()
     batch = dict(batch)
     labels = batch.pop("labels")
-    loss = token_loss_sum(model(**batch).logits, labels)
+    loss = token_losses(model(**batch).logits, labels).sum()
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

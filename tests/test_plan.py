@@ -15,6 +15,7 @@ from conftest import ROOT
 from zerotune.errors import UserError
 from zerotune.plan.machine import GIB, GPUS, known_gpu, planned_machine
 from zerotune.plan.shapes import largest_shapes
+from zerotune.rows.batches import Stream
 from zerotune.rows.collation import TrainingSteps
 from zerotune.run.arguments import Arguments
 from zerotune.tools.plan import flags_of_train, planner_of
@@ -41,12 +42,14 @@ def test_the_largest_shape_is_the_largest_that_training_makes(by_length, decoder
     sources, targets = generator.integers(1, 90, 37), generator.integers(1, 40, 37) * decoder
     steps = 9
     cut = {"rows": rows, "accumulation": accumulation, "num_processes": processes, "multiple": multiple}
-    found = largest_shapes(sources, targets, max_steps=steps, seed=3, by_length=by_length, window=window, **cut)
+    costs = np.stack([sources, targets], axis=1)
+    found = largest_shapes(costs, Stream(3, [37]), max_steps=steps, by_length=by_length, window=window, **cut)
     args = SimpleNamespace(
         seed=3, gradient_accumulation_steps=accumulation, group_by_length=by_length, per_device_train_batch_size=rows,
-        length_window=window,
+        length_window=window, max_tokens_per_micro_batch=None,
     )  # fmt: skip
-    data = SimpleNamespace(rows={"train": range(37)}, lengths={"train": sources + targets})
+    data = SimpleNamespace(rows={"train": range(37)}, costs={"train": costs}, lengths={"train": sources + targets})
+    data.stream, data.names = lambda seed: Stream(seed, [37]), lambda split: []
     made = {}
     for rank in range(processes):
         training = TrainingSteps(data, None, args, processes, rank)
@@ -177,7 +180,7 @@ def test_a_cut_keeps_the_rows_and_memory_grows_with_the_micro_batch(tiny, rows16
     from zerotune.plan.changes import cut, largest_micro_batch
 
     args = Arguments(
-        model_name_or_path=str(tiny("t5")), train_file=str(rows16), output_dir=str(tmp_path / "run"),
+        model_name_or_path=str(tiny("t5")), train_file=[str(rows16)], output_dir=str(tmp_path / "run"),
         per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=2,
     )  # fmt: skip
     planner, machine = planner_of(args), planned_machine(1, None, "T4", None, None, None)

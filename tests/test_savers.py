@@ -77,7 +77,8 @@ class Largest(TorchDispatchMode):
 def loss_and_gradients(model, batch, labels, chunked):
     model.zero_grad()
     with Largest() as largest, FlopCounterMode(display=False) as counter:
-        loss_sum = forward_loss(model, batch, labels, chunked)
+        loss_sum, losses = forward_loss(model, batch, labels, chunked)
+        assert losses.shape == labels.shape and losses.sum().item() == pytest.approx(loss_sum.item(), rel=1e-6)
         loss_sum.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     return loss_sum.item(), gradients, largest.elements, counter.get_total_flops()
@@ -102,7 +103,7 @@ def test_the_loss_in_pieces_is_the_loss(name):
     none, gradients, *_ = loss_and_gradients(model, batch, torch.full_like(labels, -100), True)
     assert none == 0 and len(gradients) == len(expected) and not any(gradient.any() for gradient in gradients)
     with torch.no_grad(), Largest() as evaluating:
-        assert forward_loss(model, batch, labels, chunked=True).item() == pytest.approx(plain, rel=1e-5)
+        assert forward_loss(model, batch, labels, chunked=True)[0].item() == pytest.approx(plain, rel=1e-5)
     assert evaluating.elements == math.ceil(36 / 8) * VOCABULARY
     with torch.autocast("cpu", torch.bfloat16):
         halved, gradients, *_ = loss_and_gradients(model, batch, labels, True)

@@ -19,7 +19,7 @@ from zerotune.flags import CONTENT, HARMLESS, MATHEMATICS, ROWS, flag, names_dec
 from zerotune.model.activations import enable_gradient_checkpointing
 from zerotune.model.freezing import apply_rules
 from zerotune.model.loading import shift_right
-from zerotune.model.loss import count_targets, token_loss_sum
+from zerotune.model.loss import count_targets, token_losses
 from zerotune.run.arguments import Arguments, parse_arguments
 from zerotune.run.evaluation import load_metrics, metric_names, metrics_before_training
 from zerotune.run.records import redact
@@ -42,11 +42,11 @@ def test_learning_rate():
 def test_loss_is_a_sum_over_targets():
     logits, labels = torch.randn(2, 3, 7), torch.tensor([[1, -100, 2], [-100, -100, -100]])
     expected = -(logits.log_softmax(-1)[0, 0, 1] + logits.log_softmax(-1)[0, 2, 2])
-    assert token_loss_sum(logits, labels).item() == pytest.approx(expected.item())
-    assert token_loss_sum(logits.bfloat16(), labels).dtype == torch.float32
-    assert token_loss_sum(logits[1:], labels[1:]).item() == 0.0  # a micro-batch without targets
+    assert token_losses(logits, labels).sum().item() == pytest.approx(expected.item())
+    assert token_losses(logits.bfloat16(), labels).dtype == torch.float32
+    assert token_losses(logits[1:], labels[1:]).sum().item() == 0.0  # a micro-batch without targets
     assert count_targets({"labels": labels}) == 2
-    assert token_loss_sum(torch.randn(4, 3), torch.tensor([0, 1, 2, -100])).ndim == 0
+    assert token_losses(torch.randn(4, 3), torch.tensor([0, 1, 2, -100])).shape == (4,)
 
 
 def test_only_trainable_matrices_decay():
@@ -86,7 +86,7 @@ def test_checkpointing_leaves_a_frozen_prefix_alone(family, freeze, frozen, trai
     def gradients():
         model.zero_grad()
         calls.clear()
-        token_loss_sum(model(**inputs).logits, ids).backward()
+        token_losses(model(**inputs).logits, ids).sum().backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     plain = gradients()

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from zerotune.errors import UserError, nearest
+from zerotune.rows.batches import most_micro_batches
 
 TOP_KEYS = set(
     (
@@ -244,7 +245,8 @@ def resolve(config, name, args, num_processes, hidden_size):
     """
     config = copy.deepcopy(config)
     zero, problems = config["zero_optimization"], []
-    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    accumulation = most_micro_batches(args)  # train.py says at each step which micro-batch is the last
+    micro = args.per_device_train_batch_size * args.gradient_accumulation_steps // accumulation
     flags = {
         "train_micro_batch_size_per_gpu": (micro, "--per_device_train_batch_size"),
         "gradient_accumulation_steps": (accumulation, "--gradient_accumulation_steps"),
@@ -294,7 +296,7 @@ def resolve_accumulation(config, args):
     types = config.setdefault("data_types", {})
     if types.setdefault("grad_accum_dtype", "auto") == "auto":
         del types["grad_accum_dtype"]
-        if args.mixed_precision == "bf16" and args.gradient_accumulation_steps > 1 and config["zero_optimization"]["stage"] > 1:
+        if args.mixed_precision == "bf16" and most_micro_batches(args) > 1 and config["zero_optimization"]["stage"] > 1:
             types["grad_accum_dtype"] = "fp32"
     if not types:
         del config["data_types"]

@@ -46,6 +46,8 @@ class Schedule:
             f"{rows} rows x {num_processes} process(es) x {accumulation} accumulation = {rows_per_step} rows a step; "
             f"{max_steps} steps = {max_steps * rows_per_step / num_rows:.2f} epochs of {num_rows} rows"
         )
+        if args.max_tokens_per_micro_batch:
+            equation += f"; cut into micro-batches of at most {args.max_tokens_per_micro_batch} tokens"
         warmup_steps = args.warmup_steps or round(args.warmup_ratio * max_steps)
         return cls(num_rows, rows_per_step, max_steps, warmup_steps, args.learning_rate, args.lr_scheduler_type, equation)
 
@@ -68,13 +70,17 @@ class Schedule:
         """Return what run.json holds of it."""
         return {"batch_arithmetic": self.equation, "max_steps": self.max_steps, "warmup_steps": self.warmup_steps}
 
+    def rows_at(self, step):
+        """Return how many rows of the stream `step` steps have taken."""
+        return self.row_offset + step * self.rows_per_step
+
     def epoch_at(self, step):
         """Return how many passes over the rows `step` steps are."""
-        return (self.row_offset + step * self.rows_per_step) / self.num_rows
+        return self.rows_at(step) / self.num_rows
 
     def ends_epoch(self, step):
         """Tell whether an optimizer step, counted from 1, takes the last row of an epoch."""
-        after = self.row_offset + step * self.rows_per_step  # whole numbers: a quotient of floats may round up to the epoch's end
+        after = self.rows_at(step)  # whole numbers: a quotient of floats may round up to the epoch's end
         return after // self.num_rows > (after - self.rows_per_step) // self.num_rows
 
     def is_due(self, strategy, every, step):

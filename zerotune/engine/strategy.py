@@ -17,6 +17,7 @@ from zerotune.engine.deepspeed_config import (
     section,
 )
 from zerotune.errors import UserError
+from zerotune.rows.batches import most_micro_batches
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Strategy:
         if plugin is not None:
             plugin.deepspeed_config.clear()
             plugin.deepspeed_config.update(resolve(self.config, self.name, args, self.num_processes, hidden_size))
-            plugin.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+            plugin.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = most_micro_batches(args)
 
 
 def check_device(args):

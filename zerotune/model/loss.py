@@ -21,17 +21,30 @@ def count_targets(batch):
     return int((batch["labels"] != IGNORE).sum())
 
 
-def token_loss_sum(logits, labels):
-    """Return the summed cross-entropy of the labelled positions, a float32 scalar on the logits' device.
+def token_losses(logits, labels):
+    """Return the cross-entropy of each label, float32 of labels' shape on the logits' device, 0 where there is no target.
 
     logits: (batch, length, vocabulary) or (batch, classes); labels: (batch, length) or (batch,), -100 where there is no
     target. The collator has already shifted the labels of causal models, so that position i predicts labels[i].
     """
-    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    losses = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view(labels.shape)
+
+
+def by_source(losses, labels, sources, count):
+    """Return the summed losses and the number of targets of each source, float64 (2, count); a device's work, nothing is read.
+
+    losses, labels: of one shape; sources: the number of the source of each label, or None where there is one.
+    """
+    if sources is None:
+        sources = torch.zeros_like(labels)
+    sums = torch.zeros(2, count, dtype=torch.float64, device=losses.device)
+    values = torch.stack([losses.flatten().double(), (labels != IGNORE).flatten().double()])
+    return sums.index_add_(1, sources.to(losses.device, non_blocking=True).flatten(), values)
 
 
 def chunk_loss(model, num_chunks):
-    """Give a language model, before it is wrapped for training, a forward that returns {"loss_sum"} when called with loss_labels.
+    """Give a language model, before it is wrapped for training, a forward that gives {"loss_sum", "losses"} for loss_labels.
 
     Its head and the cross-entropy then run over num_chunks pieces of the positions: the largest tensor is (positions / num_chunks,
     vocabulary), and nothing is computed twice. Without loss_labels the model is as it was. However few targets a rank has, the
@@ -56,17 +69,17 @@ def chunk_loss(model, num_chunks):
     model_forward, head_forward = model.forward, head.forward
     hidden_states = None  # a list while the model runs for its hidden states alone
 
-    def loss_sum_of(logits, labels):
+    def losses_of(logits, labels):
         # BART's bias, looked up each time: moving the model to a GPU makes another tensor of a buffer.
         if (bias := getattr(model, "final_logits_bias", None)) is not None:
             logits = logits + bias
         if cap is not None:  # Gemma 2
             logits = torch.tanh(logits / cap) * cap
-        return token_loss_sum(logits, labels)
+        return token_losses(logits, labels)
 
     def headless(hidden, labels=None):
         if labels is not None:
-            return LossInPieces.apply(loss_sum_of, num_chunks, torch.is_grad_enabled(), labels, hidden, head.weight, head.bias)
+            return LossInPieces.apply(losses_of, num_chunks, torch.is_grad_enabled(), labels, hidden, head.weight, head.bias)
         if hidden_states is None:
             return head_forward(hidden)
         hidden_states.append(hidden)  # exactly what the head would get: T5 has scaled it by now
@@ -83,7 +96,8 @@ def chunk_loss(model, num_chunks):
         finally:
             hidden_states = None
         hidden = hidden[:, -loss_labels.shape[1] :].flatten(0, 1)
-        return {"loss_sum": head(hidden, loss_labels.flatten())}
+        loss_sum, losses = head(hidden, loss_labels.flatten())
+        return {"loss_sum": loss_sum, "losses": losses.view(loss_labels.shape)}
 
     forward.__signature__ = inspect.signature(model_forward)  # generate() reads which inputs there are
     model.forward, head.forward = forward, headless
@@ -98,27 +112,26 @@ class LossInPieces(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, loss_sum_of, num_chunks, learning, labels, hidden, weight, bias):
-        """loss_sum_of: (logits, labels) -> scalar; labels: (positions,); hidden: (positions, width); weight, bias: the head's."""
+    def forward(ctx, losses_of, num_chunks, learning, labels, hidden, weight, bias):
+        """losses_of: (logits, labels) -> losses; labels: (positions,); hidden: (positions, width); weight, bias: the head's."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         ctx.dtypes = [t if t is None else t.dtype for t in (hidden, weight, bias)]
         need_hidden, need_weight, need_bias = needs = [learning and need for need in ctx.needs_input_grad[4:]]
         product = weight.to(dtype)  # once, where autocast would convert it for each piece
-        grad_rows = []
+        grad_rows, losses = [], []
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
-        total = torch.zeros((), device=hidden.device)
         for rows, targets in zip(hidden.tensor_split(num_chunks), labels.tensor_split(num_chunks), strict=True):
             rows = rows.to(dtype)
             logits = F.linear(rows, product, bias if bias is None else bias.to(dtype))
             if not any(needs):
-                total += loss_sum_of(logits, targets)
+                losses.append(losses_of(logits, targets))
                 continue
             with torch.enable_grad():
-                loss_sum = loss_sum_of(logits.requires_grad_(), targets)
-                (grad,) = torch.autograd.grad(loss_sum, logits)
-            total += loss_sum.detach()
+                piece = losses_of(logits.requires_grad_(), targets)
+                (grad,) = torch.autograd.grad(piece.sum(), logits)
+            losses.append(piece.detach())
             if need_hidden:
                 grad_rows.append(grad @ product)
             if need_weight and weight.dtype == dtype:
@@ -128,10 +141,12 @@ class LossInPieces(torch.autograd.Function):
             if need_bias:
                 grad_bias += grad.sum(0)
         ctx.gradients = [torch.cat(grad_rows) if need_hidden else None, grad_weight, grad_bias]
-        return total
+        losses = torch.cat(losses)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx, factor):
+    def backward(ctx, factor, _):
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [None if g is None else g.to(dtype).mul_(factor) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
         return None, None, None, None, *scaled

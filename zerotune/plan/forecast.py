@@ -21,9 +21,10 @@ from zerotune.plan.allocator import replay
 from zerotune.plan.empty import empty_model, fake_tensors, pretend
 from zerotune.plan.machine import CONTEXT_BYTES, GIB, HOST_MEMORY, NCCL_BYTES, NVME
 from zerotune.plan.parameters import BUCKETS, GRADIENTS, REDUCTION, parameters_of
-from zerotune.plan.shapes import largest_allowed, largest_shapes
+from zerotune.plan.shapes import largest_allowed, largest_by_tokens, largest_shapes
 from zerotune.plan.states import states
 from zerotune.plan.trace import GRADIENT, tensors_of, trace_step
+from zerotune.rows.batches import most_micro_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme")
@@ -83,31 +84,33 @@ class Forecast:
 class Planner:
     """Forecasts for one model and its rows; a trace is made once for each precision and cut."""
 
-    def __init__(self, args, config, forward_loss, make_trainable, tokenizer=None, labels=None, lengths=None, num_rows=None):
-        """forward_loss, make_trainable: train.py's. lengths: (sources, targets) of the training rows, None if there are none."""
-        self.args, self.config, self.tokenizer, self.labels, self.lengths = args, config, tokenizer, labels, lengths
+    def __init__(self, args, config, forward_loss, make_trainable, tokenizer=None, data=None):
+        """forward_loss, make_trainable: train.py's. data: a rows.data.Data, None if there are no rows."""
+        self.args, self.config, self.tokenizer, self.data = args, config, tokenizer, data
+        self.labels = data and data.labels
         self.forward_loss, self.make_trainable = forward_loss, make_trainable
         self.traced = {}
 
     def shapes(self, args, num_processes, on_gpu):
         """Return the candidates for the largest micro-batches, as largest_shapes does."""
-        if self.lengths is None:
+        if self.data is None:
             return largest_allowed(args)
-        sources, targets = self.lengths
+        costs, multiple = self.data.costs["train"], 8 if on_gpu else 1
         rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        if args.max_tokens_per_micro_batch:
+            return largest_by_tokens(costs, args.max_tokens_per_micro_batch, rows * accumulation, multiple)
         size = rows * accumulation * num_processes
-        steps = args.max_steps if args.max_steps > 0 else -(-int(args.num_train_epochs * len(sources)) // size)
+        steps = args.max_steps if args.max_steps > 0 else -(-int(args.num_train_epochs * len(costs)) // size)
         return largest_shapes(
-            sources,
-            targets,
+            costs,
+            self.data.stream(args.seed),
             rows=rows,
             accumulation=accumulation,
             num_processes=num_processes,
             max_steps=max(1, steps),
-            seed=args.seed,
             by_length=args.group_by_length,
             window=args.length_window,
-            multiple=8 if on_gpu else 1,
+            multiple=multiple,
         )
 
     def trace(self, args, deepspeed, stage, candidates, on_gpu):
@@ -159,7 +162,7 @@ class Planner:
                 config=config,
                 optim=args.optim,
                 mixed_precision=args.mixed_precision,
-                accumulation=args.gradient_accumulation_steps,
+                accumulation=most_micro_batches(args),
                 device_has_cuda=on_gpu,
             )
         except UserError as error:
@@ -262,7 +265,8 @@ def add_speed(result, machine, config, args, parameters, flops, num_processes):
     Collectives move (N - 1) / N of a tensor past each GPU, an all-reduce twice that. Gradients and weights travel in the training
     precision under DeepSpeed, gradients in float32 under DDP.
     """
-    micro, share = args.gradient_accumulation_steps, (num_processes - 1) / num_processes
+    micro = -(-args.gradient_accumulation_steps * args.per_device_train_batch_size // result.shape.rows)
+    share = (num_processes - 1) / num_processes
     size = 2 if config is not None and args.mixed_precision != "no" else 4
     trainable = sum(p.numel for p in parameters if p.learns)
     weights = sum(p.numel * p.itemsize for p in parameters)

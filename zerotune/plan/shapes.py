@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from zerotune.rows.batches import rows_of_step
-from zerotune.rows.data import numbers
 
 ITEMS_AT_ONCE = 2_000_000  # rows that are looked at together
 
@@ -14,7 +13,8 @@ ITEMS_AT_ONCE = 2_000_000  # rows that are looked at together
 class Shape:
     """A micro-batch: rows, tokens of a row's (longest) source, of its target (0: no decoder), and whether any row is padded.
 
-    step, from 0, micro_batch and rank say where it comes first; None: it is no run's, but the largest that the flags allow.
+    step, from 0, micro_batch and rank say where it comes first; row: of which row it is a multiple. Neither: it is no run's, but
+    the largest that the flags allow.
     """
 
     rows: int
@@ -24,6 +24,7 @@ class Shape:
     step: int | None = None
     micro_batch: int = 0
     rank: int = 0
+    row: int | None = None
 
     def __str__(self):
         return f"{self.rows} x {self.source_length}" + (f" + {self.target_length}" if self.target_length else "") + " tokens"
@@ -41,29 +42,36 @@ def largest_allowed(args):
     return [[Shape(args.per_device_train_batch_size, source, target)]]
 
 
-def row_lengths(rows, task):
-    """Return (tokens of each source, of each target) of tokenised rows; the targets of decoders alone, else zeros."""
-    lengths, targets = numbers(rows, "length"), numbers(rows, "num_targets")
-    targets = targets if task == "seq2seq" else np.zeros_like(lengths)
-    return lengths - targets, targets
+def largest_by_tokens(costs, limit, most_rows, multiple):
+    """Return the shapes among which the largest micro-batch of at most `limit` tokens is, as largest_shapes does.
+
+    costs: tokens of each row's source and target, (rows, 2); most_rows: that a micro-batch can have. Which rows meet in a step is
+    not looked at: a shape is of the row with the longest source, target, sum, or most tokens of a side, as often as it fits.
+    """
+    padded = -(-costs // multiple) * multiple
+    count = np.clip(limit // padded.sum(axis=1), 1, most_rows)
+    measures = padded.sum(axis=1), *padded.T, *(count[:, None] * padded).T
+    places = dict.fromkeys(int(measure.argmax()) for measure in measures)
+    shapes = [Shape(int(count[row]), *map(int, padded[row]), row=row) for row in places]
+    return [[shape] * (1 + (shape.rows < most_rows)) for shape in shapes]  # a second one comes beside the gradients of the first
 
 
-def largest_shapes(sources, targets, *, rows, accumulation, num_processes, max_steps, seed, by_length, multiple, window=1):
+def largest_shapes(costs, stream, *, rows, accumulation, num_processes, max_steps, by_length, multiple, window=1):
     """Return the shapes among which the largest micro-batch of a run is, a list of steps, each the list of its shapes.
 
-    sources, targets: tokens of each row, int arrays; rows: of a micro-batch; multiple: what lengths are padded to. A step is the
-    largest first micro-batch and, where there are several, the largest that comes while gradients are there already. What is
+    costs: tokens of each row's source and target, (rows, 2); rows: of a micro-batch; multiple: what lengths are padded to. A step
+    is the largest first micro-batch and, where there are several, the largest that comes while gradients are there already. What is
     largest depends on the model where there is a decoder: then the longest in sum, source and target are all returned.
 
     Does for all steps and ranks at once what rows/batches.py does for one.
     """
-    size = rows * accumulation * num_processes
+    (sources, targets), size = costs.T, rows * accumulation * num_processes
     measures = [lambda s, t: s + t] + ([lambda s, t: s, lambda s, t: t] if targets.any() else [])
     best = {}
     at_once = max(1, ITEMS_AT_ONCE // size)
     for start in range(0, max_steps, at_once):
         steps = range(start, min(start + at_once, max_steps))
-        items = rows_of_step(start, len(sources), size, seed, len(steps), 0, window, sources + targets).reshape(len(steps), size)
+        items = rows_of_step(start, stream, size, len(steps), 0, window, sources + targets).reshape(len(steps), size)
         if by_length:
             order = np.argsort(-(sources + targets)[items], axis=1, kind="stable")
             items = np.take_along_axis(items, order, axis=1)

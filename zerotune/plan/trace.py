@@ -216,7 +216,7 @@ def trace_step(model, config, task, shapes, forward_loss, *, autocast=None, chun
             for shape in shapes:
                 recorder.padded = shape.padded
                 batch, labels = batch_of(model, config, task, shape)
-                loss = forward_loss(model, batch, labels, chunked=chunked)
+                loss, _ = forward_loss(model, batch, labels, chunked=chunked)
                 (loss * (1 / 7)).backward()
                 del batch, labels, loss
         return dataclasses.replace(recorder.trace, events=[*recorder.trace.events])  # gradients are there when a step begins

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from zerotune.rows import IGNORE
-from zerotune.rows.batches import deal, rows_of_step
+from zerotune.rows.batches import deal, deal_by_tokens, rows_of_step
 from zerotune.rows.packing import lines_of
 
 
@@ -61,6 +61,19 @@ class Collator:
             batch["target_rows"] = numbered(labels)
         return batch
 
+    @property
+    def packs(self):
+        """Tell whether rows are laid end to end."""
+        return self.packing_width is not None
+
+    def training(self, columns):
+        """Return a batch as the run has it, padded or packed."""
+        return self.packed(columns) if self.packs else self(columns)
+
+    def padded_to(self, lengths):
+        """Return lengths as they are in a batch of their own; packed rows are padded line by line alone."""
+        return lengths if self.packs else -(-lengths // self.multiple) * self.multiple
+
     def prompts(self, columns):
         """Return the inputs of generation: the source, or (causal) the prompt padded on the left."""
         ids, left = columns["input_ids"], self.task == "causal"
@@ -75,32 +88,56 @@ class TrainingSteps(torch.utils.data.Dataset):
 
     def __init__(self, data, collator, args, num_processes, rank, offset=0):
         """offset: as in rows_of_step."""
-        self.rows, self.lengths, self.collator = data.rows["train"], data.lengths["train"], collator
-        self.seed, self.accumulation, self.grouped = args.seed, args.gradient_accumulation_steps, args.group_by_length
+        self.data, self.rows, self.costs, self.collator = data, data.rows["train"], data.costs["train"], collator
+        self.stream, self.lengths, self.has_sources = data.stream(args.seed), data.lengths["train"], bool(data.names("train"))
+        self.accumulation, self.grouped, self.limit = (
+            args.gradient_accumulation_steps,
+            args.group_by_length,
+            args.max_tokens_per_micro_batch,
+        )
         self.num_processes, self.rank, self.offset, self.window = num_processes, rank, offset, args.length_window
         self.rows_per_step = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
 
     def rows_of(self, step):
-        order = self.seed, 1, self.offset, self.window, self.lengths
-        return rows_of_step(step, len(self.rows), self.rows_per_step, *order)
+        return rows_of_step(step, self.stream, self.rows_per_step, 1, self.offset, self.window, self.lengths)
 
     def lines_of_step(self, step):
         """Return the lines, in the training file, of the rows that optimizer step `step` takes on all ranks."""
-        return self.rows[self.rows_of(step)]["line"]
+        return self.data.lines("train", self.rows_of(step))
 
     def lines_of_micro_batch(self, step, index):
         """Return the lines of this rank's rows in one micro-batch of a step, both counted from 0."""
-        return self.rows[self.dealt(step)[index]]["line"]
+        return self.data.lines("train", self.dealt(step)[index])
 
     def dealt(self, step):
         """Return this rank's row numbers in each micro-batch of a step."""
         rows = self.rows_of(step)
-        lengths = self.lengths[rows] if self.grouped else [0] * len(rows)
-        return [ranks[self.rank] for ranks in deal(rows, lengths, self.accumulation, self.num_processes)]
+        lengths = self.lengths[rows] if self.grouped else np.zeros(len(rows))
+        if self.limit is None:
+            dealt = deal(rows, lengths, self.accumulation, self.num_processes)
+        else:
+            rows = rows[np.argsort(-lengths, kind="stable")]
+            costs = self.collator.padded_to(self.costs[rows])
+            dealt = deal_by_tokens(rows, costs, self.limit, self.num_processes, self.collator.packs)
+        return [ranks[self.rank] for ranks in dealt]
 
     def __getitem__(self, step):
-        collate = self.collator if self.collator.packing_width is None else self.collator.packed
-        return [collate(self.rows[rows]) for rows in self.dealt(step)]
+        return [self.collated(rows) for rows in self.dealt(step)]
+
+    def collated(self, rows):
+        """Return one micro-batch; where there are several sources, with the number of the source of each label: `sources`."""
+        batch = self.collator.training(self.rows[rows])
+        if self.has_sources:
+            batch["sources"] = torch.from_numpy(self.data.source_of("train", rows))[rows_of_labels(batch)]
+        return batch
+
+
+def rows_of_labels(batch):
+    """Return the number, within a collated batch, of the row that each label is of; 0 for padding of packed rows."""
+    if "token_rows" in batch:
+        return (batch.get("target_rows", batch["token_rows"]) - 1).clamp(min=0)
+    labels = batch["labels"]
+    return torch.arange(len(labels)).view(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
 
 
 def count_tokens(batch):

@@ -1,20 +1,9 @@
-"""From files to checked, tokenised rows on disk, mapped into memory.
+"""The splits of a run: rows that are checked, tokenised and good, of one file or of several sources, with what is known of them."""
 
-A file is read row by row with its line numbers, checked and tokenised once; the result is an Arrow file in the datasets cache, in a
-folder named by the SHA-256 of all that went into it (file contents, tokenizer, flags), so that every other process, and the next
-run, only maps it. encoding.py says what columns a row has.
-"""
-
-import contextlib
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
-import tempfile
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
 
 import datasets
 import numpy as np
@@ -22,144 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from zerotune.errors import UserError
-from zerotune.flags import ROWS, names_deciding
 from zerotune.rows import IGNORE
-from zerotune.rows.chat import Chats
-from zerotune.rows.encoding import CUT_AWAY, FORMAT, encode
-from zerotune.rows.files import kind_of, read_rows
+from zerotune.rows.batches import Stream
+from zerotune.rows.cache import load_file, load_hub, tokenizer_identity
+from zerotune.rows.encoding import CUT_AWAY
+from zerotune.rows.sources import Source, sources_of
 
-ROWS_FILE = "rows.arrow"
-LAYOUT = 2  # of the files in a folder of cached rows
-CHUNK = 1000  # rows that are tokenised in one go
 SPLITS = {"train": "train_file", "validation": "validation_file", "test": "test_file"}
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def tokenizer_identity(tokenizer):
-    """Return a text that differs when the tokenizer does, wherever its files are."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return vocabulary + repr(tokenizer).replace(repr(tokenizer.name_or_path), "")
-
-
-def load_hub(args):
-    """Return the hub data set's splits, {} if the rows come from files; raise UserError if it cannot be had."""
-    if args.dataset_name is None:
-        return {}
-    try:
-        return datasets.load_dataset(args.dataset_name, args.dataset_config_name)
-    except Exception as error:  # datasets raises whatever its loaders raise
-        raise UserError(f"--dataset_name {args.dataset_name}: {' '.join(str(error).split())[:300]}") from None
-
-
-def load_split(split, args, tokenizer, identity, hub):
-    """Return (tokenised rows, their SHA-256 name, whether this process did the work) of one split, or (None, None, False).
-
-    identity: tokenizer_identity, taken before the first use, which changes the tokenizer's state. hub: load_hub's splits. The
-    first process to come builds the folder beside its final name and renames it, so that no one reads half of it.
-    """
-    path = getattr(args, SPLITS[split])
-    if path is None and split not in hub:
-        return None, None, False
-    source = file_sha256(path) if path is not None else hub[split]._fingerprint
-    flags = (getattr(args, name) for name in names_deciding(args, ROWS))
-    parts = [FORMAT, source, kind_of(path) if path else "", *flags]
-    chats = Chats(tokenizer, args) if args.messages_column else None
-    parts += [tokenizer.chat_template] * bool(chats)
-    all_targets = args.targets == "all" and split == "train"  # evaluations count each row once
-    parts += ["all targets"] * all_targets
-    digest = hashlib.sha256((json.dumps(parts) + identity).encode()).hexdigest()[:32]
-    root = Path(datasets.config.HF_DATASETS_CACHE) / "zerotune"
-    folder, built = root / f"{digest}-{LAYOUT}", False
-    if not folder.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as scratch:
-            done = Path(scratch) / "done"
-            done.mkdir()
-            records = records_of(path, hub[split] if path is None else None, scratch)
-            if write_rows(done / ROWS_FILE, records, args, (tokenizer, args, chats, all_targets)) == 0:
-                raise UserError(f"{path or args.dataset_name}: the {split} split has no rows")
-            try:
-                os.rename(done, folder)
-            except OSError:
-                if not folder.exists():  # else another node was first, with the same rows
-                    raise
-        built = True
-    return datasets.Dataset.from_file(str(folder / ROWS_FILE)), digest, built
-
-
-def write_rows(path, records, args, given):
-    """Tokenise (line, record, error) tuples into an Arrow file, with several processes if the flags say so; return their number.
-
-    given: the further arguments of encode.
-    """
-    count, writer = 0, None
-    chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])
-    with contextlib.ExitStack() as stack:
-        for batch in encoded(chunks, args, given, stack):
-            if writer is None:
-                writer = stack.enter_context(
-                    pa.RecordBatchStreamWriter(stack.enter_context(pa.OSFile(str(path), "wb")), batch.schema)
-                )
-            writer.write_batch(batch)
-            count += batch.num_rows
-    return count
-
-
-def encoded(chunks, args, given, stack):
-    """Yield the record batches of chunks of records, in their order; not more than a few chunks are in memory at a time."""
-    if args.preprocessing_num_workers == 1:
-        for chunk in chunks:
-            yield encode(chunk, *given)
-        return
-    workers, fork = args.preprocessing_num_workers, multiprocessing.get_context("fork")  # the tokenizer goes along unpickled
-    pool = stack.enter_context(ProcessPoolExecutor(workers, fork, initializer=give, initargs=given))
-    waiting = deque()
-    for chunk in chunks:
-        waiting.append(pool.submit(encode_given, chunk))
-        if len(waiting) > 2 * workers:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-GIVEN = []  # to a worker: the further arguments of encode
-
-
-def give(*values):
-    GIVEN[:] = values
-
-
-def encode_given(chunk):
-    return encode(chunk, *GIVEN)
-
-
-def records_of(path, hub_split, scratch):
-    """Return an iterator of (line, record, error); tables (Parquet, hub) count rows in place of lines."""
-    if path is not None and kind_of(path) != ".parquet":
-        return read_rows(str(path))
-    try:
-        table = hub_split if path is None else datasets.Dataset.from_parquet(path, cache_dir=scratch)
-    except Exception as error:  # the reader's own errors have no common base
-        raise UserError(f"{path}: not a Parquet file: {' '.join(str(error).split())[:200]}") from None
-    return table_rows(table)
-
-
-def table_rows(table):
-    for number, record in enumerate(table, 1):
-        record = json.loads(json.dumps(record, default=str))  # dates and the like become texts
-        yield number, {name: without_nulls(value) for name, value in record.items()}, ""
-
-
-def without_nulls(value):
-    """Return a nested value without the empty entries that a table's rows get for all that any other row has."""
-    if isinstance(value, dict):
-        return {name: without_nulls(item) for name, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def column(rows, name):
@@ -170,6 +28,13 @@ def column(rows, name):
 def numbers(rows, name):
     """Return a column of whole numbers as an array."""
     return column(rows, name).to_numpy()
+
+
+def row_lengths(rows, task):
+    """Return (tokens of each source, of each target) of tokenised rows; the targets of decoders alone, else zeros."""
+    lengths, targets = numbers(rows, "length"), numbers(rows, "num_targets")
+    targets = targets if task == "seq2seq" else np.zeros_like(lengths)
+    return lengths - targets, targets
 
 
 def bad_rows(rows, name, known_labels=None):
@@ -193,54 +58,127 @@ def sort_labels(labels):
     return sorted(labels, key=int if whole else str)
 
 
+@dataclass
+class Part:
+    """The rows of one file, or of a hub's split (path None), on their way into a split."""
+
+    source: Source
+    path: str | None
+    name: str  # in messages
+    rows: datasets.Dataset
+    digest: str
+    built: bool
+    bad: int = 0
+    cut_away: int = 0
+
+
 class Data:
-    """The splits of a run: rows[split] is a Dataset of good rows, lengths[split] an int array for cutting batches."""
+    """The splits of a run: rows[split] is a Dataset of good rows, lengths[split] their tokens, costs[split] those of both sides.
+
+    sources[split] are the Sources that its rows are of, source_starts[split] the first row of each.
+    """
 
     def __init__(self, args, tokenizer, model_labels=(), max_positions=None, vocab_size=None):
-        """Load every split that is there. Raises UserError listing bad rows (all counted, the first ten shown).
+        """Load every split that is there. Raises UserError listing bad rows (all counted, the first ten of a file shown).
 
         model_labels: class names that the model already knows. max_positions: the longest input that it can take, in tokens.
         vocab_size: its number of embeddings. A hub's test split without a single good row (labels withheld) is left out.
         """
-        self.rows, self.lengths, self.digests, self.bad, self.cut_away, self.built = {}, {}, {}, {}, {}, {}
-        names = {split: getattr(args, flag) or f"{args.dataset_name}[{split}]" for split, flag in SPLITS.items()}
+        self.rows, self.lengths, self.costs, self.parts, self.sources, self.source_starts = {}, {}, {}, {}, {}, {}
+        self.task = args.task
         identity, hub = tokenizer_identity(tokenizer), load_hub(args)
-        for split in SPLITS:
-            rows, digest, built = load_split(split, args, tokenizer, identity, hub)
-            if rows is not None:
-                self.rows[split], self.digests[split], self.built[split] = rows, digest, built
-        if "train" not in self.rows:
+        for split, flag in SPLITS.items():
+            sources = [(source, path) for source in sources_of(getattr(args, flag), flag) for path in source.files]
+            sources = sources or [(Source(split, ()), None)] * (split in hub)
+            loaded = [
+                Part(source, path, path or f"{args.dataset_name}[{split}]", *load_file(split, path, args, tokenizer, identity, hub))
+                for source, path in sources
+            ]
+            if loaded:
+                self.parts[split] = loaded
+        if "train" not in self.parts:
             raise UserError(f"{args.dataset_name}: no train split")
         self.labels = None
         if args.task == "classification":
-            found = {label for label in pc.unique(column(self.rows["train"], "label")).to_pylist() if label}
+            columns = [column(part.rows, "label") for part in self.parts["train"]]
+            found = {label for labels in columns for label in pc.unique(labels).to_pylist() if label}
             self.labels = args.labels or (list(model_labels) if found <= set(model_labels) else sort_labels(found))
         problems = []
-        for split, rows in list(self.rows.items()):
-            bad, good = bad_rows(rows, names[split], self.labels)
-            if split == "test" and not len(good) and args.test_file is None:
-                del self.rows[split]
-                continue
-            self.bad[split] = len(bad)
-            if bad and not args.skip_bad_rows:
-                more = f" (the first ten of {len(bad)})" if len(bad) > 10 else ""
-                problems += [f"{len(bad)} bad rows in {names[split]}{more}; mend them or pass --skip_bad_rows", *bad[:10]]
-            elif len(good) < len(rows):
-                self.rows[split] = rows.select(good)
-            self.cut_away[split] = len(rows) - len(good) - len(bad)
-            limit = args.max_train_rows if split == "train" else args.max_eval_rows
-            if limit is not None and limit < len(good):
-                self.rows[split] = rows.select(good[:limit])
-            if not len(good):
-                problems.append(f"{names[split]}: no good row is left")
-            self.lengths[split] = numbers(self.rows[split], "length")
-            problems += self.limits(split, names[split], args, max_positions, vocab_size)
+        for split, parts in list(self.parts.items()):
+            for part in parts:
+                problems += self.check(part, split, args, max_positions, vocab_size)
+            if split == "test" and parts[0].path is None and not len(parts[0].rows):
+                del self.parts[split]
         if problems:
             raise UserError(*problems)
+        for split, parts in self.parts.items():
+            self.put_together(split, parts)
 
-    def limits(self, split, name, args, max_positions, vocab_size):
+    def check(self, part, split, args, max_positions, vocab_size):
+        """Leave a part's good rows in it, and return what is wrong with it."""
+        bad, good = bad_rows(part.rows, part.name, self.labels)
+        part.bad, part.cut_away = len(bad), len(part.rows) - len(good) - len(bad)
+        if split == "test" and not len(good) and part.path is None:
+            part.rows = part.rows.select([])
+            return []
+        if bad and not args.skip_bad_rows:
+            more = f" (the first ten of {len(bad)})" if len(bad) > 10 else ""
+            return [f"{len(bad)} bad rows in {part.name}{more}; mend them or pass --skip_bad_rows", *bad[:10]]
+        if not len(good):
+            return [f"{part.name}: no good row is left"]
+        limit = args.max_train_rows if split == "train" else args.max_eval_rows
+        if len(good[:limit]) < len(part.rows):
+            part.rows = part.rows.select(good[:limit])
+        return self.limits(split, part.rows, part.name, args, max_positions, vocab_size)
+
+    def put_together(self, split, parts):
+        """Make one Dataset of a split's parts."""
+        sources = list(dict.fromkeys(part.source for part in parts))
+        self.rows[split] = parts[0].rows if len(parts) == 1 else datasets.concatenate_datasets([part.rows for part in parts])
+        self.costs[split] = np.stack(row_lengths(self.rows[split], self.task), axis=1)
+        self.lengths[split] = self.costs[split].sum(axis=1)
+        sizes = [sum(len(part.rows) for part in parts if part.source == source) for source in sources]
+        self.sources[split], self.source_starts[split] = sources, np.concatenate([[0], np.cumsum(sizes)])
+
+    def digest(self, split):
+        """Return a text that differs when a split's rows do, or their weights."""
+        (first, *others) = self.parts[split]
+        if not others:
+            return first.digest
+        parts = [(part.digest, len(part.rows), str(part.source.weight)) for part in self.parts[split]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def built(self):
+        """Tell whether this process has tokenised any rows."""
+        return any(part.built for parts in self.parts.values() for part in parts)
+
+    def stream(self, seed):
+        """Return the Stream of the training rows."""
+        weights = [source.weight for source in self.sources["train"]]
+        return Stream(seed, np.diff(self.source_starts["train"]).tolist(), weights if None not in weights else None)
+
+    def source_of(self, split, rows):
+        """Return the number of the source that each row is of, an int array."""
+        return np.searchsorted(self.source_starts[split], rows, side="right") - 1
+
+    def names(self, split):
+        """Return the names of a split's sources, [] where there is one."""
+        return [source.name for source in self.sources[split]] if len(self.sources[split]) > 1 else []
+
+    def file_of(self, split, row):
+        """Return the file that a row is of."""
+        ends = np.cumsum([len(part.rows) for part in self.parts[split]])
+        return self.parts[split][int(np.searchsorted(ends, row, side="right"))].name
+
+    def lines(self, split, rows):
+        """Return the line of each row in its file, as 'file:line' where a split has several."""
+        lines = self.rows[split][rows]["line"]
+        several = len(self.parts[split]) > 1
+        return [f"{self.file_of(split, row)}:{line}" for row, line in zip(rows, lines, strict=True)] if several else lines
+
+    def limits(self, split, rows, name, args, max_positions, vocab_size):
         """Return problems with rows that do not fit the model: too long, generation too long, token ids without an embedding."""
-        rows, problems = self.rows[split], []
+        problems = []
         virtual = args.num_virtual_tokens if args.peft in ("prefix", "prompt") else 0  # they come first and take positions
         if max_positions is not None:
             longest = numbers(rows, "longest_side").max(initial=0)
@@ -257,6 +195,12 @@ class Data:
                         f"{max_positions} positions; "
                         "lower --max_source_length, --max_target_length or --generation_max_length"
                     )
+        if (most := args.max_tokens_per_micro_batch) and len(rows) and (lengths := numbers(rows, "length")).max() > most:
+            longest = int(lengths.argmax())
+            problems.append(
+                f"{name}:{rows[longest]['line']}: {lengths[longest]} tokens are more than --max_tokens_per_micro_batch {most}; "
+                "raise it, or lower --max_source_length or --max_target_length"
+            )
         largest = numbers(rows, "largest_id").max(initial=0)
         if vocab_size is not None and largest >= vocab_size:
             problems.append(
@@ -265,12 +209,23 @@ class Data:
             )
         return problems
 
+    def source_facts(self, split):
+        """Return {name of a source: its files, rows and, where draws are shared out, its weight and share of them}."""
+        sources, counts = self.sources[split], np.diff(self.source_starts[split]).tolist()
+        total, facts = sum(source.weight or 0 for source in sources), {}
+        for source, count in zip(sources, counts, strict=True):
+            facts[source.name] = {"files": list(source.files), "rows": count}
+            if source.weight is not None:
+                facts[source.name] |= {"weight": float(source.weight), "share_of_draws": round(float(source.weight / total), 6)}
+        return facts
+
     def report(self):
         """Return {split: counts, length percentiles in tokens, truncations} for the log and run.json."""
         report = {}
         for split, rows in self.rows.items():
             lengths = self.lengths[split]
-            facts = {"rows": len(rows), "bad_rows": self.bad[split], "sha256": self.digests[split]}
+            bad, cut_away = (sum(getattr(part, name) for part in self.parts[split]) for name in ("bad", "cut_away"))
+            facts = {"rows": len(rows), "bad_rows": bad, "sha256": self.digest(split)}
             facts["length_tokens"] = {f"p{q}": int(np.percentile(lengths, q)) for q in (0, 50, 90, 99, 100)}
             for part in ("source", "target"):
                 cut = numbers(rows, f"{part}_cut")
@@ -279,7 +234,9 @@ class Data:
                     "tokens": int(cut.sum()),
                     "longest_cut": int(cut.max()),
                 }
-            facts["rows_without_targets_after_the_cut"] = self.cut_away[split]
+            facts["rows_without_targets_after_the_cut"] = cut_away
+            if self.names(split):
+                facts["sources"] = self.source_facts(split)
             if self.labels is not None:
                 counts = pc.value_counts(column(rows, "label")).to_pylist()
                 facts["labels"] = {count["values"]: count["counts"] for count in counts}
@@ -297,6 +254,9 @@ def describe(split, facts):
             text += f"; {cut['rows']:,} {part}s truncated by {cut['tokens']:,} tokens (one by {cut['longest_cut']:,})"
     if gone := facts["rows_without_targets_after_the_cut"]:
         text += f"; {gone:,} rows left out, of whose targets the cut left nothing"
+    for name, source in facts.get("sources", {}).items():
+        share = f", {source['share_of_draws']:.2%} of the draws" if "weight" in source else ""
+        text += f"; {name}: {source['rows']:,} rows{share}"
     return text
 
 

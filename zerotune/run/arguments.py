@@ -46,17 +46,18 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     title = "data"
-    train_file: str | None = flag(
-        None,
-        "Training rows: .json, .jsonl, .csv, .tsv, .parquet or .txt (one row a line); text also as .gz or .zst.",
+    train_file: list[str] = flag(
+        [],
+        "Training rows: .json, .jsonl, .csv, .tsv, .parquet or .txt (one row a line); text also as .gz or .zst. Several files and "
+        "quoted patterns are taken as one; with weights (A B:2 'C*.txt':0.5) their shares of the draws are as these.",
         CONTENT,
         unit="file",
     )
-    validation_file: str | None = flag(
-        None, "Rows evaluated every eval_steps and at the end; a format as above.", HARMLESS, unit="file"
+    validation_file: list[str] = flag(
+        [], "Rows evaluated every eval_steps and at the end, together and by file; formats as above.", HARMLESS, unit="file"
     )
-    test_file: str | None = flag(
-        None, "Rows evaluated once at the end, with predictions.jsonl; a format as above.", HARMLESS, unit="file"
+    test_file: list[str] = flag(
+        [], "Rows evaluated once at the end, with predictions.jsonl; formats as above.", HARMLESS, unit="file"
     )
     dataset_name: str | None = flag(None, "Hub data set, in place of files; its splits are train, validation and test.", CONTENT)
     dataset_config_name: str | None = flag(None, "Configuration of the hub data set.", CONTENT)
@@ -98,9 +99,15 @@ class DataArguments:
     max_target_length: int = flag(
         128, "Longest target, in tokens; longer ones are truncated and counted.", ROWS, range=POSITIVE, unit="tokens"
     )
-    max_train_rows: int | None = flag(None, "Take the first N good training rows alone.", CONTENT, range=POSITIVE, unit="rows")
+    max_train_rows: int | None = flag(
+        None, "Take the first N good rows alone of each training file.", CONTENT, range=POSITIVE, unit="rows"
+    )
     max_eval_rows: int | None = flag(
-        None, "Take the first N good rows alone of validation_file and of test_file.", HARMLESS, range=POSITIVE, unit="rows"
+        None,
+        "Take the first N good rows alone of each file of validation_file and test_file.",
+        HARMLESS,
+        range=POSITIVE,
+        unit="rows",
     )
     skip_bad_rows: bool = flag(False, "Leave malformed rows out and count them in run.json, instead of stopping.", CONTENT)
     preprocessing_num_workers: int = flag(1, "Processes that tokenise, on each node.", HARMLESS, range=POSITIVE, unit="processes")
@@ -173,6 +180,13 @@ class LearningArguments:
     )
     per_device_train_batch_size: int = flag(8, "Rows of one forward/backward on one process.", CONTENT, range=POSITIVE, unit="rows")
     per_device_eval_batch_size: int = flag(8, "Rows of one evaluation batch on one process.", HARMLESS, range=POSITIVE, unit="rows")
+    max_tokens_per_micro_batch: int | None = flag(
+        None,
+        "Cut a step's rows, and an evaluation's, into batches of N tokens, padding included; as many rows a step, the same losses.",
+        HARMLESS,
+        range=POSITIVE,
+        unit="tokens",
+    )
     gradient_accumulation_steps: int = flag(1, "Forward/backward passes per optimizer step.", CONTENT, range=POSITIVE, unit="steps")
     auto_batch: bool = flag(
         False, "Cut the step anew, with the largest micro-batch that fits: as many rows a step, the same losses.", HARMLESS

@@ -9,9 +9,10 @@ import copy
 import math
 
 from zerotune.errors import UserError
+from zerotune.rows.sources import sources_of
 
 LOSS = "eval_loss"
-SMALLER_IS_BETTER = ("eval_loss", "perplexity")
+SMALLER_IS_BETTER = ("loss", "perplexity")  # how their names end
 TASK_METRICS = {  # the numbers of the tasks' own metrics, in metrics/
     "seq2seq": ("rouge1", "rouge2", "rougeL", "sacrebleu"),
     "causal": (),
@@ -20,9 +21,12 @@ TASK_METRICS = {  # the numbers of the tasks' own metrics, in metrics/
 
 
 def metric_key(name):
-    """Return what an evaluation's record calls a metric: loss and eval_loss are one, as are rougeL and eval_rougeL."""
+    """Return what an evaluation's record calls a metric: loss and eval_loss are one, as are rougeL and eval_rougeL.
+
+    Those of one of several files begin with its name.
+    """
     bare = name.removeprefix("eval_")
-    return LOSS if bare == "loss" else bare
+    return f"eval_{bare}" if bare.endswith("loss") else bare
 
 
 def known_metrics(args):
@@ -31,7 +35,10 @@ def known_metrics(args):
     scored = args.task == "classification" or (texts and args.predict_with_generate)
     if scored and args.metric:
         return None
-    return [LOSS, *(["perplexity"] if args.task != "classification" else []), *(TASK_METRICS[args.task] if scored else ())]
+    bare = ["loss", *(["perplexity"] if args.task != "classification" else []), *(TASK_METRICS[args.task] if scored else ())]
+    sources = sources_of(args.validation_file, "validation_file")
+    parts = [f"{source.name}_" for source in sources] if len(sources) > 1 else []
+    return [metric_key(part + name) for part in ("", *parts) for name in bare]
 
 
 def writes_checkpoints(args):
@@ -67,7 +74,7 @@ class Best:
         metric = metric_key(args.metric_for_best_model or LOSS) if compares else None
         greater = args.greater_is_better
         if greater is None:
-            greater = metric is not None and metric not in SMALLER_IS_BETTER
+            greater = metric is not None and not metric.endswith(SMALLER_IS_BETTER)
         state = saved and saved.get("best", {"evaluated": saved["step"]})
         return cls(metric, greater, args.early_stopping_patience, args.early_stopping_threshold, keeps, state)
 

@@ -4,8 +4,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from zerotune.errors import nearest
-from zerotune.rows.files import kind_of
+from zerotune.errors import UserError, nearest
+from zerotune.rows.sources import sources_of
 from zerotune.run.best import known_metrics, metric_key, writes_checkpoints
 
 
@@ -92,7 +92,11 @@ def check_best(args):
         args.validation_file or not args.train_file,
         f"{asking}: compares evaluations, and there are no rows for them; give --validation_file",
     )
-    known, metric = known_metrics(args), metric_key(args.metric_for_best_model or "loss")
+    try:
+        known = known_metrics(args)
+    except UserError:  # of the files, whose own check says it
+        known = None
+    metric = metric_key(args.metric_for_best_model or "loss")
     need(
         known is None or metric in known,
         f"--metric_for_best_model {args.metric_for_best_model}: no number of an evaluation under these flags"
@@ -108,9 +112,6 @@ def check_best(args):
         f"--early_stopping_threshold {args.early_stopping_threshold:g}: is for --early_stopping_patience N; give both or none",
     )
     return problems
-
-
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 
 REQUIRED = {  # flag: (what it is, another that may stand for it)
@@ -138,6 +139,10 @@ def check_rows(args):
         not args.packing or args.peft not in ("prefix", "prompt"),
         f"--packing: does not go with --peft {args.peft}, which puts positions of its own before each line of a batch",
     )
+    need(
+        not (args.auto_batch and args.max_tokens_per_micro_batch),
+        "--auto_batch and --max_tokens_per_micro_batch both decide how a step is cut; give one",
+    )
     need(not args.loss_chunks or args.task != "classification", "--loss_chunks: a classifier has no logits of a vocabulary")
     need(bool(args.source_lang) == bool(args.target_lang), "--source_lang and --target_lang go together; give both or none")
     return problems
@@ -156,12 +161,13 @@ def check_files(args, required):
         path = getattr(args, name)
         if path and (path.startswith((".", "/", "~")) or path.count("/") > 1):
             need(Path(path).is_dir(), f"--{name} {path}: no such folder")
-    for name in ("train_file", "validation_file", "test_file", "chat_template"):
-        path = getattr(args, name)
-        if path:
-            need(os.access(path, os.R_OK) and Path(path).is_file(), f"--{name} {path}: no such file, or not readable")
-            known = name == "chat_template" or kind_of(path) in DATA_SUFFIXES
-            need(known, f"--{name} {path}: the ending must be one of {' '.join(DATA_SUFFIXES)}, compressed: .gz or .zst after it")
+    for name in ("train_file", "validation_file", "test_file"):
+        try:
+            sources_of(getattr(args, name), name)
+        except UserError as error:
+            problems += error.problems
+    if path := args.chat_template:
+        need(os.access(path, os.R_OK) and Path(path).is_file(), f"--chat_template {path}: no such file, or not readable")
     need(
         (args.save_steps == "auto") == (args.mean_hours_between_failures is not None),
         "--save_steps auto and --mean_hours_between_failures go together; give both or none",

@@ -9,15 +9,19 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 
 from zerotune.engine.processes import unwrap
 from zerotune.errors import UserError
-from zerotune.model.loss import token_loss_sum
+from zerotune.model.loss import by_source, token_losses
 from zerotune.rows import IGNORE
 from zerotune.rows.batches import evaluation_batches
+from zerotune.rows.collation import rows_of_labels
+from zerotune.rows.data import numbers as numbers_of
 
 METRICS = Path(__file__).resolve().parents[2] / "metrics"
 PACKAGES = {"rouge": "rouge_score", "bleu": "sacrebleu"}  # which metrics/*.py import
@@ -82,16 +86,27 @@ class Evaluator:
         self.last_step = None  # of the newest evaluation of the validation split
 
     @property
+    def longest_generated(self):
+        """The longest text that may be generated, in tokens."""
+        return self.args.generation_max_length or self.args.max_target_length
+
+    @property
     def generates(self):
         """Tell whether the task's outputs are generated texts; rows that are one text leave nothing to generate."""
         return self.args.task == "seq2seq" or (self.args.task == "causal" and not self.args.text_column)
 
-    def batches(self, split):
+    def batches(self, split, generating=False):
         """Yield (rows' columns, which rows are real, row numbers) of this rank."""
-        rows, lengths = self.data.rows[split], self.data.lengths[split]
-        accelerator = self.accelerator
-        per_device = self.args.per_device_eval_batch_size
-        for numbers, real in evaluation_batches(lengths, per_device, accelerator.num_processes, accelerator.process_index):
+        rows, costs, packed = self.data.rows[split], self.data.costs[split], self.collator.packs
+        accelerator, args = self.accelerator, self.args
+        limit = args.max_tokens_per_micro_batch
+        if limit and generating:  # each beam has the source and what is generated
+            prompts = numbers_of(rows, "prompt_length") if args.task == "causal" else costs[:, 0]
+            generated = np.full_like(prompts, self.longest_generated)
+            costs, packed = np.stack([prompts, generated], axis=1) * args.generation_num_beams, False
+        costs = costs if packed else self.collator.padded_to(costs)
+        place = accelerator.num_processes, accelerator.process_index
+        for numbers, real in evaluation_batches(costs, *place, args.per_device_eval_batch_size, limit, packed):
             self.monitor.beat()
             self.stopper.interrupt()
             yield rows[numbers], torch.from_numpy(real), numbers
@@ -129,38 +144,52 @@ class Evaluator:
         prefix = "eval" if split == "validation" else split
         generate = self.generates and (split == "test" or (self.args.predict_with_generate and bool(self.metric_names)))
         with evaluating(model):
-            loss_sum, targets, classes = self.loss(model, split)
+            sums, counts, classes = self.loss(model, split)
             predicted = self.gather(self.generate(model, split) if generate else classes)
-        record = {"step": step, f"{prefix}_loss": loss_sum / targets, f"{prefix}_target_tokens": targets}
-        if self.args.task != "classification":
-            record["perplexity" if prefix == "eval" else f"{prefix}_perplexity"] = math.exp(min(loss_sum / targets, 700))
-        if predicted:
-            record |= {
-                name if prefix == "eval" else f"{prefix}_{name}": value for name, value in self.score(split, predicted).items()
-            }
+        record = {"step": step}
+        for name, part in self.parts_of(split).items():
+            loss_sum, targets = sum(sums[part.sources]), int(sum(counts[part.sources]))
+            record |= {f"{prefix}_{name}loss": loss_sum / targets, f"{prefix}_{name}target_tokens": targets}
+            bare = name if prefix == "eval" else f"{prefix}_{name}"
+            if self.args.task != "classification":
+                record[f"{bare}perplexity"] = math.exp(min(loss_sum / targets, 700))
+            if predicted:
+                scores = self.score(split, predicted, part.rows)
+                record |= {f"{bare}{metric}": value for metric, value in scores.items()}
         record[f"{prefix}_seconds"] = round(time.perf_counter() - begin, 3)
         if self.args.task == "classification":
             predicted = {row: self.data.labels[number] for row, number in predicted.items()}
         return record, predicted
 
+    def parts_of(self, split):
+        """Return {begin of a record's names: the sources and rows, as slices} of a split as a whole, and of each of its sources."""
+        starts = self.data.source_starts[split].tolist()
+        parts = {"": SimpleNamespace(sources=slice(None), rows=slice(0, starts[-1]))}
+        for number, name in enumerate(self.data.names(split)):
+            parts[f"{name}_"] = SimpleNamespace(sources=slice(number, number + 1), rows=slice(*starts[number : number + 2]))
+        return parts
+
     def loss(self, model, split):
-        """Return (summed loss, number of targets) over all ranks, and {row: class number} of this rank's rows."""
+        """Return (summed losses, numbers of targets) by source over all ranks, and {row: class number} of this rank's rows."""
         device, classes = self.accelerator.device, {}
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        count = len(self.data.sources[split])
+        sums = torch.zeros(2, count, dtype=torch.float64, device=device)
         for columns, real, numbers in self.batches(split):
-            batch = self.collator(columns)
-            batch["labels"][~real] = IGNORE
+            batch = self.collator.training(columns)
+            rows = rows_of_labels(batch)
+            batch["labels"][~real[rows]] = IGNORE
+            sources = torch.from_numpy(self.data.source_of(split, numbers))[rows]
             batch = send_to_device(batch, device)
             labels = batch.pop("labels")
             if self.args.task == "classification":
                 logits = model(**batch).logits
-                loss_sum, best = token_loss_sum(logits, labels), logits.argmax(-1).tolist()
+                losses, best = token_losses(logits, labels), logits.argmax(-1).tolist()
                 classes |= {int(row): best[index] for index, row in enumerate(numbers) if real[index]}
             else:
-                loss_sum = self.forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
-            sums += torch.stack([loss_sum.double(), (labels != IGNORE).sum().double()])
-        loss_sum, targets = self.accelerator.reduce(sums, reduction="sum").tolist()
-        return loss_sum, int(targets), classes
+                _, losses = self.forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
+            sums += by_source(losses, labels, sources, count)
+        sums, targets = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return sums, targets, classes
 
     def generate(self, model, split):
         """Return {row: generated text} of this rank's rows."""
@@ -168,14 +197,14 @@ class Evaluator:
         inner = unwrap(model)
         plugin = self.accelerator.state.deepspeed_plugin
         options = {
-            "max_new_tokens": args.generation_max_length or args.max_target_length,
+            "max_new_tokens": self.longest_generated,
             "num_beams": args.generation_num_beams,
             "do_sample": False,
             # A rank whose texts have all ended must go on taking part in gathering the weights until the last one has.
             "synced_gpus": plugin is not None and plugin.zero_stage == 3 and self.accelerator.num_processes > 1,
             "pad_token_id": self.tokenizer.pad_token_id,
         }
-        for columns, real, numbers in self.batches(split):
+        for columns, real, numbers in self.batches(split, generating=True):
             prompts = send_to_device(self.collator.prompts(columns), self.accelerator.device)
             with self.accelerator.autocast():
                 ids = inner.generate(**prompts, **options)
@@ -190,21 +219,21 @@ class Evaluator:
         everyone = gather_object(list(mine.items()))
         return dict(sorted(everyone)) if self.accelerator.is_main_process else {}
 
-    def score(self, split, predicted):
-        """Return the metrics' numbers for {row: prediction}; raises if a row is missing or counted twice."""
+    def score(self, split, predicted, part):
+        """Return the metrics' numbers of a slice of rows for {row: prediction}; raises if a row is missing or counted twice."""
         rows = self.data.rows[split]
         if list(predicted) != list(range(len(rows))):
             raise RuntimeError(f"{len(predicted)} predictions for the {len(rows)} rows of {split}")
         if self.args.task == "classification":
-            references = [self.collator.class_numbers[label] for label in rows["label"]]
+            references = [self.collator.class_numbers[label] for label in rows[part]["label"]]
         else:
-            references = rows["references"][:]
+            references = rows[part]["references"]
             if all(len(texts) == 1 for texts in references):  # not every metric knows what several are
                 references = [texts[0] for texts in references]
         self.metrics = self.metrics or load_metrics(self.metric_names)
         numbers = {}
         for module in self.metrics.values():
-            numbers |= module.compute(predictions=list(predicted.values()), references=references)
+            numbers |= module.compute(predictions=list(predicted.values())[part], references=references)
         return {name: float(value) for name, value in numbers.items() if isinstance(value, (int, float))}
 
     def write_predictions(self, split, predicted):
@@ -222,4 +251,5 @@ class Evaluator:
             source = self.tokenizer.decode(prompt, skip_special_tokens=True)
             references = [columns["label"]] if self.args.task == "classification" else columns["references"]
             reference = references[0] if len(references) == 1 else references
-            yield {"line": columns["line"], "source": source, "reference": reference, "prediction": prediction}
+            file = {"file": self.data.file_of(split, row)} if len(self.data.parts[split]) > 1 else {}
+            yield file | {"line": columns["line"], "source": source, "reference": reference, "prediction": prediction}

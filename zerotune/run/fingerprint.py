@@ -15,7 +15,7 @@ def fingerprint(args, config, data, schedule):
     facts |= {"model configuration": sha256_of(model), "warm-up steps": schedule.warmup_steps}
     if args.lr_scheduler_type != "constant" or args.peft == "adalora":
         facts["steps of the schedule"] = schedule.max_steps  # a constant rate can be kept up for longer
-    facts |= {"training rows": f"{data.digests['train']}, {len(data.rows['train'])} rows", "labels": data.labels}
+    facts |= {"training rows": f"{data.digest('train')}, {len(data.rows['train'])} rows", "labels": data.labels}
     return facts | {"rows a step": schedule.rows_per_step}
 
 
@@ -23,7 +23,14 @@ def layout(args, strategy):
     """Return {what: value} of what changes where and how a run computes, and no number of it but for rounding."""
     facts = {"strategy": strategy.stem, "processes": strategy.num_processes}
     return facts | {
-        name: getattr(args, name) for name in (*LED_TO_BY["rows a step"], "gradient_checkpointing", "loss_chunks", "packing")
+        name: getattr(args, name)
+        for name in (
+            *LED_TO_BY["rows a step"],
+            "max_tokens_per_micro_batch",
+            "gradient_checkpointing",
+            "loss_chunks",
+            "packing",
+        )
     }
 
 

@@ -21,7 +21,7 @@ from zerotune.plan.forecast import Planner
 from zerotune.plan.machine import GIB, this_machine
 from zerotune.plan.parameters import FROZEN, OPTIMIZER, WEIGHTS, optimizer_states
 from zerotune.plan.report import answer, gib, plan_lines
-from zerotune.plan.shapes import row_lengths
+from zerotune.rows.batches import most_micro_batches
 from zerotune.rows.collation import TrainingSteps
 from zerotune.run.checkpoint import list_checkpoints, newest_manifest
 from zerotune.run.evaluation import evaluating
@@ -37,8 +37,7 @@ class Fit:
 
     def __init__(self, accelerator, strategy, plugin, args, config, tokenizer, data, forward_loss, make_trainable):
         self.accelerator, self.strategy, self.plugin, self.args, self.data = accelerator, strategy, plugin, args, data
-        lengths = row_lengths(data.rows["train"], args.task)
-        self.planner = Planner(args, config, forward_loss, make_trainable, tokenizer, data.labels, lengths)
+        self.planner = Planner(args, config, forward_loss, make_trainable, tokenizer, data)
         self.machine = this_machine(accelerator.num_processes)
 
     def forecast(self):
@@ -119,7 +118,7 @@ class Fit:
         if problem:
             raise UserError(f"--probe_longest_batch: {problem}")
         steps = TrainingSteps(self.data, collator, self.args, self.accelerator.num_processes, shape.rank)
-        return shape, steps[shape.step][shape.micro_batch]
+        return shape, steps[shape.step][shape.micro_batch] if shape.row is None else steps.collated([shape.row] * shape.rows)
 
     def probe(self, model, optimizer, collator, forward_loss, say):
         """Run the largest micro-batch of the run forward and backward, and leave nothing of it.
@@ -130,7 +129,7 @@ class Fit:
         shape, batch = self.longest_batch(collator)
         try:
             ballast = self.missing_states(optimizer)
-            for _ in range(min(2, self.args.gradient_accumulation_steps)):  # the second beside the gradients of the first
+            for _ in range(min(2, most_micro_batches(self.args))):  # the second beside the gradients of the first
                 self.pass_over(batch, model, forward_loss)
             del ballast
             self.accelerator.wait_for_everyone()  # for a rank that could not, whose end is an error here
@@ -141,7 +140,8 @@ class Fit:
         forget_gradients(optimizer)
         memory = peak_memory()
         peak = memory["peak_device_memory_gib"] or memory["peak_host_memory_gib"]
-        say(f"longest micro-batch: {shape}, of step {shape.step + 1}: fits, the peak is {peak:.3f} GiB so far")
+        where = f"of step {shape.step + 1}" if shape.row is None else f"of line {self.data.lines('train', [shape.row])[0]}"
+        say(f"longest micro-batch: {shape}, {where}: fits, the peak is {peak:.3f} GiB so far")
 
     def try_packing(self, model, collator, forward_loss, precision):
         """Have the model show that it gives two rows the same loss padded and packed; a collective under ZeRO-3."""
@@ -152,7 +152,7 @@ class Fit:
             for batch in (collator(columns), collator.packed(columns, count=1)):
                 batch = send_to_device(batch, self.accelerator.device)
                 labels = batch.pop("labels")
-                losses.append(float(forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)))
+                losses.append(float(forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)[0]))
         packing.check_exact(*losses, precision)
 
     def missing_states(self, optimizer):
@@ -168,8 +168,8 @@ class Fit:
         accelerator.sync_gradients = False
         with accelerator.no_sync(model):
             batch = send_to_device(dict(batch), accelerator.device)
-            labels = batch.pop("labels")
-            loss = forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
+            labels, _ = batch.pop("labels"), batch.pop("sources", None)
+            loss, _ = forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
             accelerator.backward(loss, **({"scale_wrt_gas": False} if self.plugin else {}))
 
     def start_smaller(self, error):

@@ -3,6 +3,7 @@
 import time
 
 from zerotune.engine.stopping import Watchdog
+from zerotune.model.loss import by_source
 from zerotune.run import records
 from zerotune.run.profiling import Profile
 from zerotune.run.report.page import write_report
@@ -11,13 +12,15 @@ from zerotune.run.report.page import write_report
 class Monitor:
     """Goes along with the loop; everything here could be left out without another number in the model."""
 
-    def __init__(self, accelerator, model, optimizer, args, schedule, console, counts, step):
+    def __init__(self, accelerator, model, optimizer, args, schedule, console, counts, step, data):
         """counts: {name: count} that go into every training record of an fp16 run; step: where the run starts."""
         self.console, self.schedule, self.logging_steps, self.output_dir = console, schedule, args.logging_steps, args.output_dir
         self.counts = counts if args.mixed_precision == "fp16" else {}
         self.metrics = records.Metrics(args.output_dir, console, accelerator, step)
         self.window = records.Window(accelerator, with_shapes=args.profile_steps > 0)
-        self.end_report = args.end_report
+        self.end_report, self.accelerator = args.end_report, accelerator
+        self.names, self.stream, self.sources = data.names("train"), data.stream(args.seed), None
+        self.by_source = self.of_step = 0  # losses and targets of each source since the last record, and in this step
         self.next_page = 0  # when to draw report.html again at the earliest, by time.perf_counter
         last = schedule.max_steps
         self.profile = Profile(accelerator, model, optimizer, last - args.profile_steps + 1, last)
@@ -43,9 +46,30 @@ class Monitor:
         """Yield a step's micro-batches as they are."""
         for batch in micro_batches:
             self.beat()
+            self.sources = batch.pop("sources", None)
             self.window.add_batch(batch)
             self.profile("forward")
             yield batch
+
+    def losses(self, losses, labels):
+        """Take note of the loss of each label of the present micro-batch, of one shape; nothing is read of them yet."""
+        if self.names:
+            self.of_step += by_source(losses, labels, self.sources, len(self.names))
+
+    def source_facts(self, step):
+        """Return {name of a source: rows drawn of it so far, passes over it, its loss since the last record}; a collective."""
+        sums, targets = self.accelerator.reduce(self.by_source, reduction="sum").tolist()
+        drawn = self.stream.drawn(self.schedule.rows_at(step)).tolist()
+        self.by_source = 0
+        return {
+            name: {
+                "rows": rows,
+                "epoch": round(rows / size, 4),
+                "loss": loss / count if count else None,
+                "target_tokens": int(count),
+            }
+            for name, rows, size, loss, count in zip(self.names, drawn, self.stream.given, sums, targets, strict=True)
+        }
 
     def step(self, step, taken, step_loss, targets, learning_rate, grad_norm):
         """Take note of a step, and write a record where one is due."""
@@ -53,8 +77,10 @@ class Monitor:
         self.console.advance()
         if taken:
             self.window.add_step(step_loss, targets)
+        self.by_source, self.of_step = self.by_source + self.of_step * taken, 0
         if step % self.logging_steps == 0 or step == self.schedule.max_steps:
-            self.write(self.window.record(step, self.schedule.epoch_at(step), learning_rate, grad_norm, **self.counts))
+            more = self.counts | ({"sources": self.source_facts(step)} if self.names else {})
+            self.write(self.window.record(step, self.schedule.epoch_at(step), learning_rate, grad_norm, **more))
         if profiled:
             self.write(profiled)
 

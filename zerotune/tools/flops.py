@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zerotune.model.freezing import apply_rules
 from zerotune.model.loading import AUTO_CLASSES
-from zerotune.model.loss import token_loss_sum
+from zerotune.model.loss import token_losses
 from zerotune.rows.collation import terms_of
 
 # More shapes than terms: if the counts are no such polynomial (a model that drops tokens, say), the fit shows it.
@@ -33,7 +33,7 @@ def count_step(model, task, rows, source_length, target_length):
         labels = integers(rows)
         batch["input_ids"][:, -1] = model.config.eos_token_id or 0  # BART's classifier reads at the end token
     with FlopCounterMode(display=False) as counter:
-        loss = token_loss_sum(model(**batch, use_cache=False).logits, labels)
+        loss = token_losses(model(**batch, use_cache=False).logits, labels).sum()
         if loss.requires_grad:
             loss.backward()
     model.zero_grad()

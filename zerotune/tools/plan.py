@@ -67,7 +67,6 @@ def planner_of(args):
     """Return the Planner of train.py's flags, with the lengths of the rows if there are any."""
     from zerotune.model import loading
     from zerotune.plan.forecast import Planner
-    from zerotune.plan.shapes import row_lengths
     from zerotune.rows.data import Data
 
     script = runpy.run_path(str(ROOT / "train.py"))
@@ -77,7 +76,7 @@ def planner_of(args):
     config, tokenizer = loading.load_config_and_tokenizer(args)
     named = [name for name in config.id2label.values() if not str(name).startswith("LABEL_")]
     data = Data(args, tokenizer, named, loading.max_positions(config))
-    return Planner(args, config, *functions, tokenizer, data.labels, row_lengths(data.rows["train"], args.task))
+    return Planner(args, config, *functions, tokenizer, data)
 
 
 class NoTokenizer:

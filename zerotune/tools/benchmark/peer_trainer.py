@@ -120,7 +120,7 @@ def main():
     seq2seq, order = args.task == "seq2seq", None
     if not args.group_by_length:  # equal settings: the very rows of train.py, in its order
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        order = rows_of_step(0, len(data.rows["train"]), batch_size * args.max_steps, args.seed)
+        order = rows_of_step(0, data.stream(args.seed), batch_size * args.max_steps)
     training = (Seq2SeqTrainingArguments if seq2seq else TrainingArguments)(
         output_dir=str(folder),
         save_strategy="no",

@@ -44,11 +44,11 @@ def compared(args, model, train_file, output_dir, accumulation):
     changed = dataclasses.replace(
         args,
         model_name_or_path=str(model),
-        train_file=str(train_file),
+        train_file=[str(file) for file in train_file],
         dataset_name=None,
         dataset_config_name=None,
-        validation_file=None,
-        test_file=None,
+        validation_file=[],
+        test_file=[],
         output_dir=str(output_dir),
         lora_dropout=0.0,
         merge_adapter=False,
@@ -113,14 +113,14 @@ def model_without_dropout(args, configuration, folder):
 
 
 def rows_of_hub(args, folder):
-    """Return the file of training rows: --train_file, or the hub data set's train split, as its others would be evaluated."""
+    """Return the files of training rows: --train_file, or the hub data set's train split, as its others would be evaluated."""
     if args.train_file:
         return args.train_file
     from zerotune.rows.data import load_hub
 
     path = folder / "train.parquet"
     load_hub(args)["train"].to_parquet(path)
-    return path
+    return [path]
 
 
 def losses_of(folder):
