@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import WORDS
+from conftest import ROOT, WORDS
 from transformers import AutoTokenizer
 
 from zerotune.errors import UserError
@@ -17,13 +17,14 @@ from zerotune.rows.sources import sources_of
 from zerotune.run.arguments import Arguments, check_arguments
 
 
-def write(path, count, longest=6, seed=0):
+def write(path, count, longest=6, seed=0, chats=False):
     generator = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         for _ in range(count):
             source, target = (" ".join(generator.choice(WORDS, generator.integers(1, longest))) for _ in range(2))
-            file.write(json.dumps({"source": source, "target": target}) + "\n")
+            turns = [{"role": "user", "content": source}, {"role": "assistant", "content": target}]
+            file.write(json.dumps({"messages": turns * (1 + seed % 2)} if chats else {"source": source, "target": target}) + "\n")
     return str(path)
 
 
@@ -60,6 +61,17 @@ def test_without_weights_files_are_one_after_the_other():
     sources = np.searchsorted([7], stream.rows(0, 40), side="right")
     for item in (0, 5, 12, 13, 30, 2, 40):  # in any order
         assert np.array_equal(stream.drawn(item), np.bincount(sources[:item], minlength=2))
+
+
+def test_a_window_of_steps_keeps_a_mixture():
+    """As many rows of each source in every window as without it, and a step needs no other to be known."""
+    lengths = np.random.default_rng(0).integers(1, 100, 12)
+    given = [7, 5], [Fraction(1), Fraction(3)]
+    plain = [rows_of_step(step, Stream(3, *given), 6) for step in range(20)]
+    steps = [rows_of_step(step, Stream(3, *given), 6, window=4, lengths=lengths) for step in range(20)]
+    for begin in range(0, 20, 4):
+        assert sorted(np.concatenate(steps[begin : begin + 4])) == sorted(np.concatenate(plain[begin : begin + 4]))
+    assert any(sorted(mine) != sorted(other) for mine, other in zip(steps, plain, strict=True))
 
 
 def test_words_of_the_flag(tmp_path):
@@ -238,7 +250,7 @@ def test_cut_by_tokens_over_sources_the_losses_are_those_of_one_process(train, t
         assert total / mine["target_tokens"] == pytest.approx(mine["loss"], rel=1e-6)
         assert sum(part["rows"] for part in parts) == 12 * mine["step"]
     evaluated = [run.records("eval_loss")[-1] for run in (done, plain)]
-    for name in ("eval_loss", "eval_a_loss", "eval_b_loss", "b_perplexity"):
+    for name in ("eval_loss", "eval_a_loss", "eval_b_loss", "eval_b_perplexity"):
         assert evaluated[0][name] == pytest.approx(evaluated[1][name], rel=1e-5)
     first, second = (evaluated[0][f"eval_{name}_target_tokens"] for name in "ab")
     mean = (evaluated[0]["eval_a_loss"] * first + evaluated[0]["eval_b_loss"] * second) / (first + second)
@@ -251,12 +263,17 @@ def test_cut_by_tokens_over_sources_the_losses_are_those_of_one_process(train, t
     assert "cut into micro-batches of at most 120 tokens" in done.output
 
 
+CHATS = {"task": "causal", "messages_column": "messages", "chat_template": ROOT / "tests/chat_templates/words.jinja"}
+
+
 @pytest.mark.launch
-def test_a_mixture_goes_on_in_the_same_bits(train, tiny, tmp_path):
+@pytest.mark.parametrize("family, rows", [("t5", {}), ("llama", CHATS)])
+def test_a_mixture_goes_on_in_the_same_bits(train, tiny, tmp_path, family, rows):
     """Stopped in the middle of a pass of each source, with packing, tokens and dropout; another weight is another training."""
-    a, b = write(tmp_path / "a.jsonl", 21, 30, seed=1), write(tmp_path / "b.jsonl", 9, 9, seed=2)
-    flags = FLAGS | {
-        "model_name_or_path": tiny("t5", 0.1), "train_file": [f"{a}:3", f"{b}"], "per_device_train_batch_size": 8,
+    a = write(tmp_path / "a.jsonl", 21, 30, seed=1, chats=bool(rows))
+    b = write(tmp_path / "b.jsonl", 9, 9, seed=2, chats=bool(rows))
+    flags = FLAGS | rows | {
+        "model_name_or_path": tiny(family, 0.1), "train_file": [f"{a}:3", f"{b}"], "per_device_train_batch_size": 8,
         "max_tokens_per_micro_batch": 150, "packing": True, "lr_scheduler_type": "constant",
     }  # fmt: skip
     whole = train(None, name="whole", **flags)

@@ -20,13 +20,19 @@ TASK_METRICS = {  # the numbers of the tasks' own metrics, in metrics/
 }
 
 
-def metric_key(name):
+def metric_key(name, sources=()):
     """Return what an evaluation's record calls a metric: loss and eval_loss are one, as are rougeL and eval_rougeL.
 
-    Those of one of several files begin with its name.
+    sources: names of several files, with which their own numbers begin.
     """
     bare = name.removeprefix("eval_")
-    return f"eval_{bare}" if bare.endswith("loss") else bare
+    return f"eval_{bare}" if bare == "loss" or any(bare.startswith(f"{source}_") for source in sources) else bare
+
+
+def names_of_sources(args):
+    """Return the names by which an evaluation tells its files apart, [] where there is one."""
+    sources = sources_of(args.validation_file, "validation_file")
+    return [source.name for source in sources] if len(sources) > 1 else []
 
 
 def known_metrics(args):
@@ -36,9 +42,8 @@ def known_metrics(args):
     if scored and args.metric:
         return None
     bare = ["loss", *(["perplexity"] if args.task != "classification" else []), *(TASK_METRICS[args.task] if scored else ())]
-    sources = sources_of(args.validation_file, "validation_file")
-    parts = [f"{source.name}_" for source in sources] if len(sources) > 1 else []
-    return [metric_key(part + name) for part in ("", *parts) for name in bare]
+    sources = names_of_sources(args)
+    return [metric_key(part + name, sources) for part in ("", *(f"{name}_" for name in sources)) for name in bare]
 
 
 def writes_checkpoints(args):
@@ -71,7 +76,7 @@ class Best:
         """Return the Best of train.py's flags; saved: the manifest that the run goes on from, or None."""
         keeps = args.load_best_model_at_end or args.save_strategy == "best"
         compares = keeps or args.metric_for_best_model or args.early_stopping_patience
-        metric = metric_key(args.metric_for_best_model or LOSS) if compares else None
+        metric = metric_key(args.metric_for_best_model or LOSS, names_of_sources(args)) if compares else None
         greater = args.greater_is_better
         if greater is None:
             greater = metric is not None and not metric.endswith(SMALLER_IS_BETTER)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from zerotune.errors import UserError, nearest
 from zerotune.rows.sources import sources_of
-from zerotune.run.best import known_metrics, metric_key, writes_checkpoints
+from zerotune.run.best import known_metrics, metric_key, names_of_sources, writes_checkpoints
 
 
 class Problems(list):
@@ -93,10 +93,9 @@ def check_best(args):
         f"{asking}: compares evaluations, and there are no rows for them; give --validation_file",
     )
     try:
-        known = known_metrics(args)
+        known, metric = known_metrics(args), metric_key(args.metric_for_best_model or "loss", names_of_sources(args))
     except UserError:  # of the files, whose own check says it
-        known = None
-    metric = metric_key(args.metric_for_best_model or "loss")
+        return problems
     need(
         known is None or metric in known,
         f"--metric_for_best_model {args.metric_for_best_model}: no number of an evaluation under these flags"

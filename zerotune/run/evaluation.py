@@ -150,7 +150,7 @@ class Evaluator:
         for name, part in self.parts_of(split).items():
             loss_sum, targets = sum(sums[part.sources]), int(sum(counts[part.sources]))
             record |= {f"{prefix}_{name}loss": loss_sum / targets, f"{prefix}_{name}target_tokens": targets}
-            bare = name if prefix == "eval" else f"{prefix}_{name}"
+            bare = "" if prefix == "eval" and not name else f"{prefix}_{name}"
             if self.args.task != "classification":
                 record[f"{bare}perplexity"] = math.exp(min(loss_sum / targets, 700))
             if predicted:

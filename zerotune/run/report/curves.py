@@ -21,6 +21,7 @@ def charts_of_run(history):
     padding = [(step, None if share is None else 100 * share) for step, share in points("padding_fraction")]
     charts = [
         loss,
+        *source_charts(history, marks),
         *evaluation_charts(history.evaluations, marks),
         Chart("learning_rate", "Learning rate", "of each step", rate, marks, from_zero=True),
         norm,
@@ -64,6 +65,22 @@ def learned(name, points, colour=0):
         return [Series(name, points, colour)]
     means, width = smoothed(points)
     return [Series("each record", points, colour, faint=True), Series(f"{name}, mean of {width} records", means, colour)]
+
+
+def source_charts(history, marks):
+    """Return [the chart of the losses of each source of rows, trained on or evaluated], [] where there is one source."""
+    series = []
+    for name, curve in history.of_sources.items():
+        points = [(step, None if loss != loss else loss) for step, loss in zip(*curve, strict=True)]
+        series.append(Series(name, smoothed(points)[0] if len(points) >= FEW else points, len(series)))
+    evaluated = dict.fromkeys(
+        name for record in history.evaluations for name in record if name.startswith("eval_") and name.endswith("_loss")
+    )
+    for name in [name for name in evaluated if name != "eval_loss"]:
+        points = [(record["step"], record.get(name)) for record in history.evaluations]
+        words = f"{name.removeprefix('eval_').removesuffix('_loss')}, evaluation"
+        series.append(Series(words, points, len(series), dots=True))
+    return [Chart("loss_by_source", "Loss by source", "nats per target token", series, marks)] if series else []
 
 
 def evaluation_charts(records, marks):

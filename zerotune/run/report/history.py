@@ -32,6 +32,7 @@ class History:
         # Arrays, not dicts: a long run has a million records, and the process that reads them is training.
         self.steps, self.curves = array("d"), {name: array("d") for name in CURVES}
         self.target_tokens, self.real_tokens, self.padded_tokens = array("d"), 0, 0
+        self.of_sources = {}  # name of a source: (steps, losses), arrays as well
         self.evaluations, self.tests, self.starts, self.saves, self.bad_steps, self.profiles = [], [], [], [], [], []
         self.last_step, self.epoch, self.samples = 0, None, []
 
@@ -58,6 +59,10 @@ class History:
             curve.append(float("nan") if value is None else value)
         self.target_tokens.append(record.get("target_tokens") or 0)
         self.epoch = record.get("epoch")
+        for name, facts in (record.get("sources") or {}).items():
+            steps, losses = self.of_sources.setdefault(name, (array("d"), array("d")))
+            steps.append(record["step"])
+            losses.append(float("nan") if facts["loss"] is None else facts["loss"])
         real = record.get("real_tokens") or 0
         self.real_tokens += real
         self.padded_tokens += real / (1 - min(record.get("padding_fraction") or 0, 0.9999))
@@ -219,6 +224,10 @@ def results(history):
 
 
 def scores(record, prefix):
-    """Return {name: value} of what an evaluation's record says beside its loss, its size and its time."""
-    beside = {"step", *(f"{prefix}_{what}" for what in ("loss", "target_tokens", "seconds"))}
-    return {name: value for name, value in record.items() if name not in beside and isinstance(value, (int, float))}
+    """Return {name: value} of what an evaluation's record says beside losses, sizes, its time and which step was the best."""
+    beside = tuple(f"_{what}" for what in ("loss", "target_tokens", "seconds", "perplexity"))
+
+    def is_score(name):
+        return name not in ("step", "best_step") and not (name.startswith(prefix) and name.endswith(beside))
+
+    return {name: value for name, value in record.items() if is_score(name) and isinstance(value, (int, float))}
