@@ -1,7 +1,9 @@
 """Rows of several files: weights, patterns, counts and losses by file; and steps that are cut by tokens."""
 
 import json
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +144,31 @@ def test_rows_know_their_files(tmp_path, tokenizer):
     with pytest.raises(UserError) as error:
         Data(Arguments(train_file=[files[0], str(tmp_path / "bad.jsonl")], skip_bad_rows=True), tokenizer)
     assert error.value.problems == [f"{tmp_path}/bad.jsonl: no good row is left"]
+
+
+def resident_kib():
+    """Return the KiB of this process's memory that are pages of mapped files of rows."""
+    maps = re.findall(r"rows\.arrow\n(?:\w+: .*\n)*?Rss: +(\d+) kB", Path("/proc/self/smaps").read_text())
+    return sum(map(int, maps))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no Linux")
+def test_rows_stay_on_disk(tmp_path, tokenizer):
+    """After a start, a step and a report no page of the rows' files is in this process's memory, and reading one brings it back."""
+    words = [write(tmp_path / f"{name}.jsonl", 2000, 40, seed=number) for number, name in enumerate("ab")]
+    args = Arguments(train_file=words, seed=5)
+    data = Data(args, tokenizer)
+    collator = Collator("seq2seq", 0, None, 1, lambda labels: labels)
+    before = resident_kib()
+    steps = TrainingSteps(data, collator, args, 1, 0)
+    first = steps[0]
+    data.report()
+    assert resident_kib() == before
+    assert data.rows["train"][[0, 3999]]["input_ids"] and resident_kib() > before
+    data.release()
+    assert resident_kib() == before and all(
+        (mine["labels"] == other["labels"]).all() for mine, other in zip(first, steps[0], strict=True)
+    )
 
 
 def test_the_digest_of_a_large_file_is_kept_until_the_file_changes(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import mmap
 import multiprocessing
 import os
 import tempfile
@@ -75,7 +76,9 @@ def load_hub(args):
 
 
 def load_file(split, path, args, tokenizer, identity, hub):
-    """Return (tokenised rows, their SHA-256 name, whether this process did the work) of a file, or of a hub's split (path None).
+    """Return (tokenised rows, the mmap they lie in, their SHA-256 name, whether this process did the work).
+
+    path: of the file; None: it is a hub's split.
 
     identity: tokenizer_identity, taken before the first use, which changes the tokenizer's state. hub: load_hub's splits. The
     first process to come builds the folder beside its final name and renames it, so that no one reads half of it.
@@ -104,7 +107,10 @@ def load_file(split, path, args, tokenizer, identity, hub):
                 if not folder.exists():  # else another node was first, with the same rows
                     raise
         built = True
-    return datasets.Dataset.from_file(str(folder / ROWS_FILE)), digest, built
+    with open(folder / ROWS_FILE, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
+    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=digest), mapped, digest, built
 
 
 def write_rows(path, records, args, given):

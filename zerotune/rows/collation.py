@@ -122,7 +122,9 @@ class TrainingSteps(torch.utils.data.Dataset):
         return [ranks[self.rank] for ranks in dealt]
 
     def __getitem__(self, step):
-        return [self.collated(rows) for rows in self.dealt(step)]
+        batches = [self.collated(rows) for rows in self.dealt(step)]
+        self.data.release()
+        return batches
 
     def collated(self, rows):
         """Return one micro-batch; where there are several sources, with the number of the source of each label: `sources`."""

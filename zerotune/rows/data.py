@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import mmap
 from dataclasses import dataclass
 
 import datasets
@@ -66,6 +67,7 @@ class Part:
     path: str | None
     name: str  # in messages
     rows: datasets.Dataset
+    mapped: mmap.mmap  # the file of all its rows
     digest: str
     built: bool
     bad: int = 0
@@ -113,6 +115,7 @@ class Data:
             raise UserError(*problems)
         for split, parts in self.parts.items():
             self.put_together(split, parts)
+        self.release()
 
     def check(self, part, split, args, max_positions, vocab_size):
         """Leave a part's good rows in it, and return what is wrong with it."""
@@ -135,8 +138,8 @@ class Data:
         """Make one Dataset of a split's parts."""
         sources = list(dict.fromkeys(part.source for part in parts))
         self.rows[split] = parts[0].rows if len(parts) == 1 else datasets.concatenate_datasets([part.rows for part in parts])
-        self.costs[split] = np.stack(row_lengths(self.rows[split], self.task), axis=1)
-        self.lengths[split] = self.costs[split].sum(axis=1)
+        self.costs[split] = np.stack(row_lengths(self.rows[split], self.task), axis=1, dtype=np.int32, casting="same_kind")
+        self.lengths[split] = self.costs[split].sum(axis=1, dtype=np.int32)
         sizes = [sum(len(part.rows) for part in parts if part.source == source) for source in sources]
         self.sources[split], self.source_starts[split] = sources, np.concatenate([[0], np.cumsum(sizes)])
 
@@ -147,6 +150,11 @@ class Data:
             return first.digest
         parts = [(part.digest, len(part.rows), str(part.source.weight)) for part in self.parts[split]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def release(self):
+        """Take the pages of rows that were read out of this process's memory; they stay in the system's, as long as it has room."""
+        for part in (part for parts in self.parts.values() for part in parts):
+            part.mapped.madvise(mmap.MADV_DONTNEED)
 
     def built(self):
         """Tell whether this process has tokenised any rows."""
@@ -241,6 +249,7 @@ class Data:
                 counts = pc.value_counts(column(rows, "label")).to_pylist()
                 facts["labels"] = {count["values"]: count["counts"] for count in counts}
             report[split] = facts
+        self.release()
         return report
 
 

@@ -109,6 +109,7 @@ class Evaluator:
         for numbers, real in evaluation_batches(costs, *place, args.per_device_eval_batch_size, limit, packed):
             self.monitor.beat()
             self.stopper.interrupt()
+            self.data.release()
             yield rows[numbers], torch.from_numpy(real), numbers
 
     def evaluate(self, split, step):

@@ -21,6 +21,7 @@ from zerotune.plan.forecast import Planner
 from zerotune.plan.machine import GIB, this_machine
 from zerotune.plan.parameters import FROZEN, OPTIMIZER, WEIGHTS, optimizer_states
 from zerotune.plan.report import answer, gib, plan_lines
+from zerotune.rows import IGNORE
 from zerotune.rows.batches import most_micro_batches
 from zerotune.rows.collation import TrainingSteps
 from zerotune.run.checkpoint import list_checkpoints, newest_manifest
@@ -152,7 +153,7 @@ class Fit:
             for batch in (collator(columns), collator.packed(columns, count=1)):
                 batch = send_to_device(batch, self.accelerator.device)
                 labels = batch.pop("labels")
-                losses.append(float(forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)[0]))
+                losses.append(forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)[1][labels != IGNORE])
         packing.check_exact(*losses, precision)
 
     def missing_states(self, optimizer):

@@ -40,6 +40,8 @@ DEFAULTS = {
     "sets": {"full": {}},
     "batches": [{}],
     "rows": {},
+    "settings": [*peer.SETTINGS],
+    "memory_repeats": None,
     "baseline": None,
     "num_processes": None,
     "warmup_steps": 3,
@@ -70,6 +72,7 @@ def read_matrix(args):
     for name in ("strategies", "repeats", "num_processes"):
         if getattr(args, name) is not None:
             matrix[name] = getattr(args, name)
+    matrix["memory_repeats"] = matrix["memory_repeats"] or matrix["repeats"]
     matrix["more_flags"], matrix["peer"] = args.train_flags, args.peer
     allowed = sorted(path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml"))
     problems += [
@@ -100,6 +103,8 @@ def wrong_shapes(matrix):
         lines.append("sets: must be {name: {flag: value}}; a set without flags is {}")
     if not isinstance(batches, list) or not all(isinstance(flags, dict) for flags in batches):
         lines.append("batches: must be a list of {flag: value}")
+    if not isinstance(matrix["settings"], list) or not set(matrix["settings"]) <= set(peer.SETTINGS):
+        lines.append(f"settings: must be a list of {', '.join(peer.SETTINGS)}")
     if not isinstance(matrix["strategies"], list):
         lines.append("strategies: must be a list of names")
     for key, least in (("repeats", 1), ("measured_steps", 1), ("warmup_steps", 0), ("profile_steps", 2)):

@@ -23,11 +23,11 @@ def command(words):
 
 
 def make_models(matrix, out):
-    """Return {row: flags of its model and rows}; make what is missing: the demo's rows and tokenizer, random weights."""
+    """Return {row: flags of its model and rows}; make what is missing: the demo's rows and tokenizer, or rows of words; weights."""
     import shutil
 
     from zerotune.tools.demo import build
-    from zerotune.tools.synthetic import build_model
+    from zerotune.tools.synthetic import build_model, build_rows
 
     demo, flags = out / "data" / "demo", {}
     if not (demo / "done").exists():
@@ -41,10 +41,14 @@ def make_models(matrix, out):
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             build_model(folder, row.get("task", "seq2seq"), row["model"])
-            for path in (demo / "model").glob("tokenizer*"):
-                shutil.copy(path, folder)
+            if "rows" in row:
+                build_rows(folder / "rows.jsonl", **row["rows"])
+            else:
+                for path in (demo / "model").glob("tokenizer*"):
+                    shutil.copy(path, folder)
             (folder / "done").touch()
-        flags[name] = {"model_name_or_path": str(folder), "train_file": str(demo / "train.jsonl")}
+        rows = folder / "rows.jsonl" if "rows" in row else demo / "train.jsonl"
+        flags[name] = {"model_name_or_path": str(folder), "train_file": str(rows)}
     return flags
 
 
@@ -57,12 +61,12 @@ def cells_of(matrix, out):
     for repeat in range(matrix["repeats"]):
         order = []
         for name, row in matrix["rows"].items():
-            own = {key: value for key, value in row.items() if key != "model"}
-            for setting, flags in SETTINGS.items():
-                words = flag_words(made[name] | matrix["flags"] | own | flags | steps, matrix["more_flags"])
+            own = {key: value for key, value in row.items() if key not in ("model", "rows")}
+            for setting in matrix["settings"]:
+                words = flag_words(made[name] | matrix["flags"] | own | SETTINGS[setting] | steps, matrix["more_flags"])
                 for engine in ("zerotune", "trainer"):
                     order.append(Cell("single", name, setting, words, repeat, engine))
-                    if not has_cuda():
+                    if not has_cuda() and repeat < matrix["memory_repeats"]:
                         order.append(Cell("single", name, setting, words, f"memory-{repeat}", engine, MAPPED))
         generator.shuffle(order)
         cells += order
