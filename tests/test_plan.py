@@ -251,3 +251,28 @@ def test_models_that_look_at_values_are_refused(tmp_path):
     )
     done = plan("--model_name_or_path", tmp_path / "bart", "--task", "classification", "--strategy", "single")
     assert done.returncode == 1 and "cannot be planned for --task classification" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_micro_batches_by_tokens_are_planned_by_the_rows_that_fill_them(tiny, rows16, tmp_path):
+    """Each shape stays within the limit, one is of the longest row, and smaller limits than it are not proposed."""
+    from zerotune.plan.changes import candidates
+
+    args = Arguments(
+        model_name_or_path=str(tiny("t5")), train_file=[str(rows16)], output_dir=str(tmp_path / "run"),
+        per_device_train_batch_size=8, gradient_accumulation_steps=2, max_tokens_per_micro_batch=200,
+    )  # fmt: skip
+    planner, machine = planner_of(args), planned_machine(1, None, "T4", None, None, None)
+    longest = int(planner.data.lengths["train"].max())
+    for multiple, on_gpu in ((1, False), (8, True)):
+        shapes = [shape for pair in planner.shapes(args, 1, on_gpu) for shape in pair]
+        assert any(shape.tokens == shape.rows * -(-longest // multiple) * multiple or shape.rows == 1 for shape in shapes)
+        assert all(shape.tokens <= 200 or shape.rows == 1 for shape in shapes) and max(shape.rows for shape in shapes) > 2
+        assert all(shape.row is not None and shape.rows <= 16 for shape in shapes)
+    small, large = (
+        planner.forecast("single", machine, dataclasses.replace(args, max_tokens_per_micro_batch=n)).device_bytes
+        for n in (100, 400)
+    )
+    assert small < large
+    words = [flags.get("max_tokens_per_micro_batch") for alternatives in candidates(args, longest) for _, flags in alternatives]
+    assert 100 in words and 50 not in words and longest > 50
+    assert not any("per_device_train_batch_size" in flags for alternatives in candidates(args) for _, flags in alternatives)

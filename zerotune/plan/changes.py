@@ -28,17 +28,23 @@ def divisors(number):
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def candidates(args):
+def candidates(args, longest_row=1):
     """Yield lists of (words, {flag: value}), the smallest changes first; of the changes in a list one is enough.
 
-    Whatever the run has already is left out.
+    Whatever the run has already is left out. longest_row: in tokens; no micro-batch may have less.
     """
-    rows = [n for n in reversed(divisors(args.per_device_train_batch_size)) if n < args.per_device_train_batch_size]
+    if tokens := args.max_tokens_per_micro_batch:
+        sizes = [tokens // n for n in (2, 4, 8) if tokens // n >= longest_row]
+        smaller = [(f"micro-batches of {size} tokens", {"max_tokens_per_micro_batch": size}) for size in sizes]
+    else:
+        rows = [n for n in reversed(divisors(args.per_device_train_batch_size)) if n < args.per_device_train_batch_size]
+        smaller = [(f"micro-batches of {n}", cut(args, n)) for n in rows]
     same = [words for words in SAME_LOSSES if not (args.task == "classification" and "loss_chunks" in words[1])]
-    yield [(f"micro-batches of {n}", cut(args, n)) for n in rows]
+    yield smaller
     yield from ([change] for change in same)
-    least = (cut(args, 1) if rows else {}) | {name: value for _, flags in same for name, value in flags.items()}
-    everything = "micro-batches of 1, " * bool(rows) + "and all that leaves the losses as they are"
+    words, flags = smaller[-1] if smaller else ("", {})
+    least = flags | {name: value for _, flags in same for name, value in flags.items()}
+    everything = f"{words}, " * bool(smaller) + "and all that leaves the losses as they are"
     yield [(everything, least)]
     for words, flags in OTHER_TRAINING:
         if flags.get("mixed_precision") and args.mixed_precision != "no" or flags.get("peft") and args.peft:
@@ -50,7 +56,8 @@ def candidates(args):
 def smallest_changes(planner, machine, count=3):
     """Return [(words, {flag: value}, Forecast)] of the first changes by which a strategy fits, with the fastest that does."""
     found = []
-    for alternatives in candidates(planner.args):
+    longest_row = int(planner.data.lengths["train"].max()) if planner.data else 1
+    for alternatives in candidates(planner.args, longest_row):
         for words, flags in alternatives:
             if all(getattr(planner.args, name) == value for name, value in flags.items()):
                 continue

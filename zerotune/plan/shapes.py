@@ -39,7 +39,11 @@ def largest_allowed(args):
     source, target = args.max_source_length, args.max_target_length if args.task == "seq2seq" else 0
     if args.task == "causal" and not args.text_column:
         source += args.max_target_length
-    return [[Shape(args.per_device_train_batch_size, source, target)]]
+    rows = args.per_device_train_batch_size
+    if args.max_tokens_per_micro_batch:
+        rows *= args.gradient_accumulation_steps
+        rows = max(1, min(rows, args.max_tokens_per_micro_batch // (source + target)))
+    return [[Shape(rows, source, target)]]
 
 
 def largest_by_tokens(costs, limit, most_rows, multiple):

@@ -2,6 +2,8 @@
 
 import time
 
+import torch
+
 from zerotune.engine.stopping import Watchdog
 from zerotune.model.loss import by_source
 from zerotune.run import records
@@ -20,7 +22,8 @@ class Monitor:
         self.window = records.Window(accelerator, with_shapes=args.profile_steps > 0)
         self.end_report, self.accelerator = args.end_report, accelerator
         self.names, self.stream, self.sources = data.names("train"), data.stream(args.seed), None
-        self.by_source = self.of_step = 0  # losses and targets of each source since the last record, and in this step
+        # Losses and targets of each source: of the steps taken since the last record, and of this one.
+        self.by_source, self.of_step = torch.zeros(2, 2, len(self.names), dtype=torch.float64, device=accelerator.device)
         self.next_page = 0  # when to draw report.html again at the earliest, by time.perf_counter
         last = schedule.max_steps
         self.profile = Profile(accelerator, model, optimizer, last - args.profile_steps + 1, last)
@@ -60,7 +63,7 @@ class Monitor:
         """Return {name of a source: rows drawn of it so far, passes over it, its loss since the last record}; a collective."""
         sums, targets = self.accelerator.reduce(self.by_source, reduction="sum").tolist()
         drawn = self.stream.drawn(self.schedule.rows_at(step)).tolist()
-        self.by_source = 0
+        self.by_source.zero_()
         return {
             name: {
                 "rows": rows,
@@ -77,7 +80,8 @@ class Monitor:
         self.console.advance()
         if taken:
             self.window.add_step(step_loss, targets)
-        self.by_source, self.of_step = self.by_source + self.of_step * taken, 0
+            self.by_source += self.of_step
+        self.of_step.zero_()
         if step % self.logging_steps == 0 or step == self.schedule.max_steps:
             more = self.counts | ({"sources": self.source_facts(step)} if self.names else {})
             self.write(self.window.record(step, self.schedule.epoch_at(step), learning_rate, grad_norm, **more))
