@@ -17,6 +17,7 @@ from zerotune.rows.collation import Collator, TrainingSteps, rows_of_labels
 from zerotune.rows.data import Data
 from zerotune.rows.sources import sources_of
 from zerotune.run.arguments import Arguments, check_arguments
+from zerotune.run.best import known_metrics, metric_key, smaller_is_better
 
 
 def write(path, count, longest=6, seed=0, chats=False):
@@ -76,6 +77,22 @@ def test_a_window_of_steps_keeps_a_mixture():
     assert any(sorted(mine) != sorted(other) for mine, other in zip(steps, plain, strict=True))
 
 
+def test_numbers_of_one_of_several_files(tmp_path):
+    """A file may be called as a metric begins, or as the records do: its own numbers are found, those of all rows first."""
+    files = [write(tmp_path / f"{name}.jsonl", 1) for name in ("eval_web", "macro", "books")]
+    args = Arguments(validation_file=files, task="classification")
+    sources = ["eval_web", "macro", "books"]
+    known = known_metrics(args)
+    for name, key, smaller in (
+        ("loss", "eval_loss", True), ("eval_loss", "eval_loss", True), ("macro_f1", "macro_f1", False),
+        ("books_loss", "eval_books_loss", True), ("eval_books_loss", "eval_books_loss", True),
+        ("eval_web_loss", "eval_eval_web_loss", True), ("macro_macro_f1", "eval_macro_macro_f1", False),
+        ("macro_loss", "eval_macro_loss", True), ("books_accuracy", "eval_books_accuracy", False),
+    ):  # fmt: skip
+        assert metric_key(name, sources) == key and key in known and smaller_is_better(key) == smaller
+    assert metric_key("hamming_loss", sources) == "hamming_loss" and not smaller_is_better("hamming_loss")
+
+
 def test_words_of_the_flag(tmp_path):
     a, b, c = write(tmp_path / "a" / "rows.jsonl", 2), write(tmp_path / "b" / "rows.jsonl", 2), write(tmp_path / "c.v1.jsonl", 2)
     odd = write(tmp_path / "odd:2.jsonl", 1)
@@ -126,7 +143,7 @@ def test_rows_know_their_files(tmp_path, tokenizer):
     words = [f"{tmp_path}/[ab].jsonl:2", files[2]]
     data = Data(Arguments(train_file=words, validation_file=files[1:], skip_bad_rows=True, max_eval_rows=2), tokenizer)
     assert data.names("train") == ["ab", "c"]
-    assert data.stream(1).given == [7, 5] and data.stream(1).weights == [2, 1] and len(data.rows["validation"]) == 4
+    assert data.stream(1).source_sizes == [7, 5] and data.stream(1).weights == [2, 1] and len(data.rows["validation"]) == 4
     assert data.lines("train", [0, 3, 7, 11]) == [f"{files[0]}:1", f"{files[1]}:1", f"{files[2]}:1", f"{files[2]}:5"]
     assert data.source_of("train", np.arange(12)).tolist() == [0] * 7 + [1] * 5
     facts = data.report()["train"]
@@ -137,6 +154,14 @@ def test_rows_know_their_files(tmp_path, tokenizer):
     assert not any(one.built() for one in alone), "each file's rows are cached by themselves"
     digests = {Data(Arguments(train_file=w, skip_bad_rows=True), tokenizer).digest("train") for w in (words, files, files[::-1])}
     assert len(digests) == 3
+
+    def drawn(*words):
+        found = Data(Arguments(train_file=list(words), skip_bad_rows=True), tokenizer)
+        return found.digest("train"), found.stream(1).rows(0, 40).tolist()
+
+    together, apart = drawn(f"{tmp_path}/[ab].jsonl", f"{files[2]}:1"), drawn(*files[:2], f"{files[2]}:1")
+    assert together[0] != apart[0] and together[1] != apart[1], "files of one pattern are drawn as one"
+    assert drawn(f"{files[0]}:3") == drawn(files[0]), "all draws are a single source's, whatever it weighs"
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"empty.jsonl: the train split has no rows"):
         Data(Arguments(train_file=[files[0], str(tmp_path / "empty.jsonl")]), tokenizer)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,31 @@ def test_the_tables_of_benchmarks_are_the_committed_results():
             f"{r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f})" for r in ratios
         )
         assert f"{line} |" in readme
+
+
+def packing_lines(results):
+    """Return the lines of docs/benchmarks.md for benchmarks/packing.yaml: each model's ways to cut, the slowest first."""
+    cells, lines = [cell for cell in results["cells"] if cell["engine"] == "zerotune"], []
+
+    def speeds(name):
+        return {c["repeat"]: c["mean_tokens_per_second"] for c in cells if c["set"] == name and not c["setenv"]}
+
+    for row in sorted(results["rows"], key=lambda row: (row["set"].split()[0], row["zerotune"]["tokens_per_second"])):
+        mine, default = speeds(row["set"]), speeds(row["set"].split()[0])
+        ours = sorted(mine[repeat] / default[repeat] for repeat in mine)
+        theirs, side = row["speed_ratio"], row["zerotune"]
+        memory = max(cell["peak_host_memory_gib"] for cell in cells if cell["set"] == row["set"] and cell["setenv"])
+        lines.append(
+            f"| {row['set']} | {side['tokens_per_second']:,.0f} | {statistics.median(ours):.2f} ({ours[0]:.2f}-{ours[-1]:.2f}) | "
+            f"{theirs['median']:.2f} ({theirs['min']:.2f}-{theirs['max']:.2f}) | {side['padding_fraction']:.1%} | {memory:.2f} |"
+        )
+    return lines
+
+
+def test_the_table_of_packing_is_the_committed_result():
+    results = json.loads((ROOT / "benchmarks/cpu/packing/results.json").read_text())
+    assert len(results["rows"]) == 8 and results["matrix"]["repeats"] == 5
+    assert "\n".join(packing_lines(results)) in (ROOT / "docs" / "benchmarks.md").read_text()
 
 
 def test_the_table_of_rows_is_the_committed_result():

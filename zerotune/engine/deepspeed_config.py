@@ -247,9 +247,10 @@ def resolve(config, name, args, num_processes, hidden_size):
     zero, problems = config["zero_optimization"], []
     accumulation = most_micro_batches(args)  # train.py says at each step which micro-batch is the last
     micro = args.per_device_train_batch_size * args.gradient_accumulation_steps // accumulation
+    by_tokens = " under --max_tokens_per_micro_batch" if args.max_tokens_per_micro_batch else ""
     flags = {
-        "train_micro_batch_size_per_gpu": (micro, "--per_device_train_batch_size"),
-        "gradient_accumulation_steps": (accumulation, "--gradient_accumulation_steps"),
+        "train_micro_batch_size_per_gpu": (micro, f"--per_device_train_batch_size{by_tokens}"),
+        "gradient_accumulation_steps": (accumulation, f"--gradient_accumulation_steps{by_tokens}"),
         "train_batch_size": (micro * accumulation * num_processes, "batch x accumulation x processes"),
         "gradient_clipping": (args.max_grad_norm, "--max_grad_norm"),
     }

@@ -56,7 +56,7 @@ def candidates(args, longest_row=1):
 def smallest_changes(planner, machine, count=3):
     """Return [(words, {flag: value}, Forecast)] of the first changes by which a strategy fits, with the fastest that does."""
     found = []
-    longest_row = int(planner.data.lengths["train"].max()) if planner.data else 1
+    longest_row = max(int(lengths.max()) for lengths in planner.data.lengths.values()) if planner.data else 1
     for alternatives in candidates(planner.args, longest_row):
         for words, flags in alternatives:
             if all(getattr(planner.args, name) == value for name, value in flags.items()):

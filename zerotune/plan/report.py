@@ -100,6 +100,8 @@ def heading(planner, machine, forecasts):
     total, learn = sum(p.numel for p in parameters), sum(p.numel for p in parameters if p.learns)
     shape = next(f.shape for f in forecasts if not f.problem)
     where = "the largest that the flags allow" if shape.step is None else f"step {shape.step + 1}, rank {shape.rank}"
+    if shape.row is not None:
+        where = f"rows as long as that of line {planner.data.lines('train', [shape.row])[0]}"
     return (
         f"plan: {planner.config.model_type}, {total:,} parameters, {learn:,} learn; {machine}; micro-batch of {shape} ({where}); "
         f"precision {planner.args.mixed_precision}"

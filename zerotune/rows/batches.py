@@ -20,11 +20,12 @@ class Stream:
     """
 
     def __init__(self, seed, sizes, weights=None):
-        self.seed, self.given, self.weights = seed, list(sizes), None
-        self.sizes = self.given if weights else [sum(sizes)]
+        self.seed, self.source_sizes, self.weights = seed, list(sizes), None
+        self.sizes = self.source_sizes if weights else [sum(sizes)]
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
-        self.counted = 0, np.zeros(len(self.given), dtype=np.int64)  # the newest answer of `drawn`
+        self.counted = 0, np.zeros(len(self.source_sizes), dtype=np.int64)  # the newest answer of `drawn`
         self.newest = {}  # source: (pass, its permutation), as steps go on from one to the next
+        self.newest_block = None, None  # (number, its draws)
         if weights:
             whole = math.lcm(*(weight.denominator for weight in weights))
             self.weights = [int(weight * whole) for weight in weights]
@@ -35,7 +36,8 @@ class Stream:
         if self.weights is None:
             return self.passed(0, np.arange(begin, end))
         first, last = begin // self.block, (end - 1) // self.block
-        sources, places = (np.concatenate(part) for part in zip(*map(self.draws, range(first, last + 1)), strict=True))
+        blocks = [self.draws(block) for block in range(first, last + 1)]
+        sources, places = (np.concatenate(part) for part in zip(*blocks, strict=True))
         wanted = slice(begin - first * self.block, end - first * self.block)
         sources, places, rows = sources[wanted], places[wanted], np.empty(end - begin, dtype=np.int64)
         for source in np.unique(sources):
@@ -57,6 +59,8 @@ class Stream:
 
     def draws(self, block):
         """Return (the source of each draw of a block, how many of its source came before it), int64 arrays."""
+        if self.newest_block[0] == block:
+            return self.newest_block[1]
         before = self.shares(block * self.block)
         counts = self.shares((block + 1) * self.block) - before
         sources = np.repeat(np.arange(len(counts)), counts)
@@ -65,6 +69,7 @@ class Stream:
         order = np.random.default_rng([self.seed, block, 0, 2]).permutation(sources)
         result = np.empty(self.block, dtype=np.int64)
         result[np.argsort(order, kind="stable")] = places
+        self.newest_block = block, (order, result)
         return order, result
 
     def shares(self, draws):
@@ -83,8 +88,8 @@ class Stream:
         if self.weights is None:
             size, (begin, counts) = self.sizes[0], self.counted
             if not begin <= item < begin + size:
-                begin, counts = item // size * size, item // size * np.array(self.given)
-            sources = np.searchsorted(np.cumsum(self.given), self.rows(begin, item), side="right")
+                begin, counts = item // size * size, item // size * np.array(self.source_sizes)
+            sources = np.searchsorted(np.cumsum(self.source_sizes), self.rows(begin, item), side="right")
             self.counted = item, counts + np.bincount(sources, minlength=len(counts))
             return self.counted[1]
         begin = item // self.block * self.block

@@ -107,8 +107,11 @@ def load_file(split, path, args, tokenizer, identity, hub):
                 if not folder.exists():  # else another node was first, with the same rows
                     raise
         built = True
-    with open(folder / ROWS_FILE, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        with open(folder / ROWS_FILE, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:  # each file of rows stays open
+        raise UserError(f"{path or split}: its tokenised rows cannot be opened: {error.strerror}; raise `ulimit -n`?") from None
     table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
     return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=digest), mapped, digest, built
 

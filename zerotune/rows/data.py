@@ -87,7 +87,7 @@ class Data:
         vocab_size: its number of embeddings. A hub's test split without a single good row (labels withheld) is left out.
         """
         self.rows, self.lengths, self.costs, self.parts, self.sources, self.source_starts = {}, {}, {}, {}, {}, {}
-        self.task = args.task
+        self.part_ends, self.task = {}, args.task
         identity, hub = tokenizer_identity(tokenizer), load_hub(args)
         for split, flag in SPLITS.items():
             sources = [(source, path) for source in sources_of(getattr(args, flag), flag) for path in source.files]
@@ -140,6 +140,7 @@ class Data:
         self.rows[split] = parts[0].rows if len(parts) == 1 else datasets.concatenate_datasets([part.rows for part in parts])
         self.costs[split] = np.stack(row_lengths(self.rows[split], self.task), axis=1, dtype=np.int32, casting="same_kind")
         self.lengths[split] = self.costs[split].sum(axis=1, dtype=np.int32)
+        self.part_ends[split] = np.cumsum([len(part.rows) for part in parts])
         sizes = [sum(len(part.rows) for part in parts if part.source == source) for source in sources]
         self.sources[split], self.source_starts[split] = sources, np.concatenate([[0], np.cumsum(sizes)])
 
@@ -148,7 +149,10 @@ class Data:
         (first, *others) = self.parts[split]
         if not others:
             return first.digest
-        parts = [(part.digest, len(part.rows), str(part.source.weight)) for part in self.parts[split]]
+        numbers = {source: number for number, source in enumerate(self.sources[split])}  # files of one pattern are drawn as one
+        parts = [(part.digest, len(part.rows)) for part in self.parts[split]]
+        if first.source.weight is not None:
+            parts = [(*facts, str(p.source.weight), numbers[p.source]) for facts, p in zip(parts, self.parts[split], strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def release(self):
@@ -175,8 +179,7 @@ class Data:
 
     def file_of(self, split, row):
         """Return the file that a row is of."""
-        ends = np.cumsum([len(part.rows) for part in self.parts[split]])
-        return self.parts[split][int(np.searchsorted(ends, row, side="right"))].name
+        return self.parts[split][int(np.searchsorted(self.part_ends[split], row, side="right"))].name
 
     def lines(self, split, rows):
         """Return the line of each row in its file, as 'file:line' where a split has several."""

@@ -4,7 +4,9 @@ Imports nothing that takes time: the flags are checked by it before the librarie
 """
 
 import glob
+import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -42,9 +44,9 @@ def sources_of(words, flag):
         except ValueError as error:
             problems.append(f"--{flag} {word}: {error}")
     files = [file for _, some, _ in given for file in some]
-    for file in dict.fromkeys(file for file in files if files.count(file) > 1):
+    for file in (file for file, count in Counter(map(os.path.abspath, files)).items() if count > 1):
         problems.append(f"--{flag} {file}: is given twice; give it once" + ", with a weight" * (flag == "train_file"))
-    weights = [weight for *_, weight in given]
+    weights = [weight for *_, weight in given] if len(given) > 1 else [None] * len(given)  # all draws are the only one's
     if any(weight is not None for weight in weights):
         weights = [weight or Fraction(1) for weight in weights]
         for word, weight in zip(words, weights, strict=False):

@@ -182,7 +182,7 @@ class LearningArguments:
     per_device_eval_batch_size: int = flag(8, "Rows of one evaluation batch on one process.", HARMLESS, range=POSITIVE, unit="rows")
     max_tokens_per_micro_batch: int | None = flag(
         None,
-        "Cut a step's rows, and an evaluation's, into batches of N tokens, padding included; as many rows a step, the same losses.",
+        "Cut a step into micro-batches of N tokens, padding included, as many rows a step; evaluations likewise.",
         HARMLESS,
         range=POSITIVE,
         unit="tokens",
@@ -227,7 +227,7 @@ class BestArguments:
     metric_for_best_model: str | None = flag(
         None, "What evaluations are compared by: loss, perplexity, rougeL, accuracy, ... Default: loss.", HARMLESS, unit="name"
     )
-    greater_is_better: bool | None = flag(None, "Default: false for loss and perplexity, true for all others.", HARMLESS)
+    greater_is_better: bool | None = flag(None, "Default: false for losses and perplexities, true for a metric.", HARMLESS)
     early_stopping_patience: int = flag(
         0,
         "Stop after N evaluations in a row that were no better; 0: never.",

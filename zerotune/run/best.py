@@ -12,7 +12,6 @@ from zerotune.errors import UserError
 from zerotune.rows.sources import sources_of
 
 LOSS = "eval_loss"
-SMALLER_IS_BETTER = ("loss", "perplexity")  # how their names end
 TASK_METRICS = {  # the numbers of the tasks' own metrics, in metrics/
     "seq2seq": ("rouge1", "rouge2", "rougeL", "sacrebleu"),
     "causal": (),
@@ -23,10 +22,20 @@ TASK_METRICS = {  # the numbers of the tasks' own metrics, in metrics/
 def metric_key(name, sources=()):
     """Return what an evaluation's record calls a metric: loss and eval_loss are one, as are rougeL and eval_rougeL.
 
-    sources: names of several files, with which their own numbers begin.
+    sources: names of several files, whose own numbers are eval_SOURCE_loss, ...; what all rows have is meant first.
     """
     bare = name.removeprefix("eval_")
-    return f"eval_{bare}" if bare == "loss" or any(bare.startswith(f"{source}_") for source in sources) else bare
+    if bare not in ("loss", "perplexity", *(metric for metrics in TASK_METRICS.values() for metric in metrics)):
+        if any(name.startswith(f"{source}_") for source in sources):
+            return f"eval_{name}"
+        if any(bare.startswith(f"{source}_") for source in sources):
+            return name
+    return LOSS if bare == "loss" else bare
+
+
+def smaller_is_better(key):
+    """Tell whether less of a record's number is better: losses and perplexities, of all rows or of one of several files."""
+    return key in (LOSS, "perplexity") or (key.startswith("eval_") and key.endswith(("_loss", "_perplexity")))
 
 
 def names_of_sources(args):
@@ -42,8 +51,7 @@ def known_metrics(args):
     if scored and args.metric:
         return None
     bare = ["loss", *(["perplexity"] if args.task != "classification" else []), *(TASK_METRICS[args.task] if scored else ())]
-    sources = names_of_sources(args)
-    return [metric_key(part + name, sources) for part in ("", *(f"{name}_" for name in sources)) for name in bare]
+    return [*map(metric_key, bare), *(f"eval_{source}_{name}" for source in names_of_sources(args) for name in bare)]
 
 
 def writes_checkpoints(args):
@@ -79,7 +87,7 @@ class Best:
         metric = metric_key(args.metric_for_best_model or LOSS, names_of_sources(args)) if compares else None
         greater = args.greater_is_better
         if greater is None:
-            greater = metric is not None and not metric.endswith(SMALLER_IS_BETTER)
+            greater = metric is not None and not smaller_is_better(metric)
         state = saved and saved.get("best", {"evaluated": saved["step"]})
         return cls(metric, greater, args.early_stopping_patience, args.early_stopping_threshold, keeps, state)
 

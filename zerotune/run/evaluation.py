@@ -149,7 +149,7 @@ class Evaluator:
             predicted = self.gather(self.generate(model, split) if generate else classes)
         record = {"step": step}
         for name, part in self.parts_of(split).items():
-            loss_sum, targets = sum(sums[part.sources]), int(sum(counts[part.sources]))
+            loss_sum, targets = sums[part.column], int(counts[part.column])
             record |= {f"{prefix}_{name}loss": loss_sum / targets, f"{prefix}_{name}target_tokens": targets}
             bare = "" if prefix == "eval" and not name else f"{prefix}_{name}"
             if self.args.task != "classification":
@@ -163,18 +163,21 @@ class Evaluator:
         return record, predicted
 
     def parts_of(self, split):
-        """Return {begin of a record's names: the sources and rows, as slices} of a split as a whole, and of each of its sources."""
+        """Return {begin of a record's names: its column in `loss`, and its rows as a slice} of a split, and of each source."""
         starts = self.data.source_starts[split].tolist()
-        parts = {"": SimpleNamespace(sources=slice(None), rows=slice(0, starts[-1]))}
-        for number, name in enumerate(self.data.names(split)):
-            parts[f"{name}_"] = SimpleNamespace(sources=slice(number, number + 1), rows=slice(*starts[number : number + 2]))
+        parts = {"": SimpleNamespace(column=0, rows=slice(0, starts[-1]))}
+        for number, name in enumerate(self.data.names(split), 1):
+            parts[f"{name}_"] = SimpleNamespace(column=number, rows=slice(*starts[number - 1 : number + 1]))
         return parts
 
     def loss(self, model, split):
-        """Return (summed losses, numbers of targets) by source over all ranks, and {row: class number} of this rank's rows."""
+        """Return (summed losses, numbers of targets) over all ranks, and {row: class number} of this rank's rows.
+
+        The first of the sums is the whole split's, and where it has several sources the others are theirs.
+        """
         device, classes = self.accelerator.device, {}
-        count = len(self.data.sources[split])
-        sums = torch.zeros(2, count, dtype=torch.float64, device=device)
+        count = len(self.data.names(split))
+        sums = torch.zeros(2, 1 + count, dtype=torch.float64, device=device)
         for columns, real, numbers in self.batches(split):
             batch = self.collator.training(columns)
             rows = rows_of_labels(batch)
@@ -185,10 +188,13 @@ class Evaluator:
             if self.args.task == "classification":
                 logits = model(**batch).logits
                 losses, best = token_losses(logits, labels), logits.argmax(-1).tolist()
+                loss_sum = losses.sum()
                 classes |= {int(row): best[index] for index, row in enumerate(numbers) if real[index]}
             else:
-                _, losses = self.forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
-            sums += by_source(losses, labels, sources, count)
+                loss_sum, losses = self.forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
+            sums[:, 0] += torch.stack([loss_sum.double(), (labels != IGNORE).sum().double()])
+            if count:
+                sums[:, 1:] += by_source(losses, labels, sources, count)
         sums, targets = self.accelerator.reduce(sums, reduction="sum").tolist()
         return sums, targets, classes
 
@@ -226,9 +232,9 @@ class Evaluator:
         if list(predicted) != list(range(len(rows))):
             raise RuntimeError(f"{len(predicted)} predictions for the {len(rows)} rows of {split}")
         if self.args.task == "classification":
-            references = [self.collator.class_numbers[label] for label in rows[part]["label"]]
+            references = [self.collator.class_numbers[label] for label in rows["label"][part]]
         else:
-            references = rows[part]["references"]
+            references = rows["references"][part]
             if all(len(texts) == 1 for texts in references):  # not every metric knows what several are
                 references = [texts[0] for texts in references]
         self.metrics = self.metrics or load_metrics(self.metric_names)

@@ -23,7 +23,8 @@ class Monitor:
         self.end_report, self.accelerator = args.end_report, accelerator
         self.names, self.stream, self.sources = data.names("train"), data.stream(args.seed), None
         # Losses and targets of each source: of the steps taken since the last record, and of this one.
-        self.by_source, self.of_step = torch.zeros(2, 2, len(self.names), dtype=torch.float64, device=accelerator.device)
+        self.by_source = torch.zeros(2, len(self.names), dtype=torch.float64, device=accelerator.device)
+        self.of_step = torch.zeros_like(self.by_source)
         self.next_page = 0  # when to draw report.html again at the earliest, by time.perf_counter
         last = schedule.max_steps
         self.profile = Profile(accelerator, model, optimizer, last - args.profile_steps + 1, last)
@@ -71,7 +72,7 @@ class Monitor:
                 "loss": loss / count if count else None,
                 "target_tokens": int(count),
             }
-            for name, rows, size, loss, count in zip(self.names, drawn, self.stream.given, sums, targets, strict=True)
+            for name, rows, size, loss, count in zip(self.names, drawn, self.stream.source_sizes, sums, targets, strict=True)
         }
 
     def step(self, step, taken, step_loss, targets, learning_rate, grad_norm):

@@ -225,9 +225,8 @@ def results(history):
 
 def scores(record, prefix):
     """Return {name: value} of what an evaluation's record says beside losses, sizes, its time and which step was the best."""
-    beside = tuple(f"_{what}" for what in ("loss", "target_tokens", "seconds", "perplexity"))
-
-    def is_score(name):
-        return name not in ("step", "best_step") and not (name.startswith(prefix) and name.endswith(beside))
-
-    return {name: value for name, value in record.items() if is_score(name) and isinstance(value, (int, float))}
+    beside = {"step", "best_step", f"{prefix}_seconds"}
+    for counted in (name for name in record if name.endswith("target_tokens")):  # of all rows, and of each source
+        part = counted.removesuffix("target_tokens")
+        beside |= {counted, f"{part}loss"} | ({f"{part}perplexity"} if part != f"{prefix}_" else set())
+    return {name: value for name, value in record.items() if name not in beside and isinstance(value, (int, float))}

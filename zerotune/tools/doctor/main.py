@@ -89,7 +89,10 @@ def check_numbers(launch, environment, args, folder, speed):
     findings += configuration.check_network(*facts)
     padding = sum(record["padding_fraction"] for record in training) / len(training)
     rows = cut["per_device_train_batch_size"]
-    return [*findings, configuration.check_padding(padding, rows, accumulation, args.group_by_length)]
+    return [
+        *findings,
+        configuration.check_padding(padding, 1 if args.max_tokens_per_micro_batch else rows, accumulation, args.group_by_length),
+    ]
 
 
 def examine(words, environment, size, say=lambda text: None):
