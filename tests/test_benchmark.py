@@ -229,3 +229,14 @@ def test_shipped_matrices_are_right():
         flags |= {key for row in matrix["rows"].values() for key in row if key not in ("model", "rows")}
         assert flags <= set(Arguments.__dataclass_fields__), path
         assert not matrix["rows"] or matrix["repeats"] >= 5
+
+
+@pytest.mark.launch
+def test_the_benchmark_of_rows_runs(tmp_path):
+    """Conversations, prepared by both sides in processes of their own: each kind has its times."""
+    command = [sys.executable, "-m", "zerotune.tools.benchmark.rows", "--chats", "--num_rows", "1500", "--repeats", "1"]
+    done = subprocess.run([*command, "--out", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["rows"] == 1500 and all(len(times) == 1 for times in results["seconds"].values())
+    assert len(results["seconds"]) == 5 and "| datasets alone, 2 processes |" in (tmp_path / "out" / "table.md").read_text()

@@ -189,8 +189,8 @@ def test_a_cut_keeps_the_rows_and_memory_grows_with_the_micro_batch(tiny, rows16
     for number, rows in enumerate((1, 2, 4, 8, 16)):
         limited = dataclasses.replace(machine, gpu_bytes=totals[number])
         expected = max(n for n, total in zip((1, 2, 4, 8, 16), totals, strict=True) if total <= totals[number])
-        assert largest_micro_batch(planner, "single", limited)[0] == expected >= rows
-    assert largest_micro_batch(planner, "single", dataclasses.replace(machine, gpu_bytes=1))[0] == 1
+        assert largest_micro_batch(planner, "single", limited)[0] == cut(args, expected) and expected >= rows
+    assert largest_micro_batch(planner, "single", dataclasses.replace(machine, gpu_bytes=1))[0] == cut(args, 1)
 
 
 @pytest.mark.parametrize(

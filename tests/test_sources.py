@@ -119,8 +119,8 @@ def test_words_of_the_flag(tmp_path):
             sources_of(words, flag)
         assert any(line in problem for problem in error.value.problems) and len(error.value.problems) == 1
     given = {"model_name_or_path": str(tmp_path), "output_dir": str(tmp_path / "out")}
-    problems = check_arguments(Arguments(**given, train_file=[f"{a}:0", "none.txt"], auto_batch=True, max_tokens_per_micro_batch=9))
-    assert len(problems) == 3 and "both decide how a step is cut" in "".join(problems)
+    problems = check_arguments(Arguments(**given, train_file=[f"{a}:0", "none.txt"]))
+    assert len(problems) == 2
     best = {"metric_for_best_model": "b/rows_loss", "eval_steps": 1, "train_file": [a], "validation_file": [a, b]}
     assert not check_arguments(Arguments(**given | best))
     (problem,) = check_arguments(Arguments(**given | best | {"metric_for_best_model": "c_loss"}))
@@ -315,6 +315,7 @@ def test_cut_by_tokens_over_sources_the_losses_are_those_of_one_process(train, t
     assert "cut into micro-batches of at most 120 tokens" in done.output
 
 
+TOKENS = "max_tokens_per_micro_batch"
 CHATS = {"task": "causal", "messages_column": "messages", "chat_template": ROOT / "tests/chat_templates/words.jinja"}
 
 
@@ -339,3 +340,27 @@ def test_a_mixture_goes_on_in_the_same_bits(train, tiny, tmp_path, family, rows)
     assert weights[0] == weights[1]
     other = train(None, name="part", check=False, **flags | {"train_file": [f"{a}:2", b]})
     assert other.code == 2 and "training rows was" in other.output and "--accept_change train_file" in other.output
+
+
+@pytest.mark.launch
+def test_auto_batch_takes_the_limit_or_a_half_of_it(train, tiny, tmp_path):
+    """The limit where all fits, its half after a trial that did not; the same losses, and a resumed run keeps what was chosen."""
+    flags = FLAGS | {
+        "model_name_or_path": tiny("t5"), "train_file": write(tmp_path / "a.jsonl", 24, 20, seed=1), "max_steps": 3,
+        "per_device_train_batch_size": 12, "max_tokens_per_micro_batch": 240,
+    }  # fmt: skip
+    hand, auto = train("ddp", 2, name="hand", **flags), train("ddp", 2, name="auto", auto_batch="true", **flags)
+    tried = {"ZEROTUNE_MICRO_BATCH_LIMIT": "240"}  # what a trial that did not fit leaves for the process after it
+    half = train("ddp", 2, name="half", auto_batch="true", environment=tried, **flags)
+    for run, tokens in ((auto, 240), (half, 120)):
+        found = run.run["auto_batch"]
+        assert (found["given"], found["chosen"]) == ({TOKENS: 240}, {TOKENS: tokens}) and run.run["arguments"][TOKENS] == tokens
+        for mine, other in zip(run.records("loss"), hand.records("loss"), strict=True):
+            assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert "of line " in run.output and f"auto_batch: {tokens} tokens a micro-batch in place of 240" in run.output
+    again = train(
+        "ddp", 2, name="half", auto_batch="true", **flags | {"max_steps": 4, "lr_scheduler_type": "constant"}, check=False
+    )
+    assert again.code == 2 and "lr_scheduler_type" in again.output
+    again = train("ddp", 2, name="half", auto_batch="true", **flags)
+    assert again.run["arguments"][TOKENS] == 120 and "as the run began" in again.output

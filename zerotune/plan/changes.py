@@ -24,6 +24,17 @@ def cut(args, rows):
     return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": total // rows}
 
 
+def cuts(args, longest_row=1):
+    """Return the ways to cut the same optimizer step, {flag: value} each, the smallest micro-batch first.
+
+    By tokens, where there is a limit: it and its halves, down to the longest row.
+    """
+    if limit := args.max_tokens_per_micro_batch:
+        sizes = [limit >> halvings for halvings in range(limit.bit_length()) if limit >> halvings >= longest_row]
+        return [{"max_tokens_per_micro_batch": size} for size in reversed(sizes or [limit])]
+    return [cut(args, rows) for rows in divisors(args.per_device_train_batch_size * args.gradient_accumulation_steps)]
+
+
 def divisors(number):
     return [n for n in range(1, number + 1) if number % n == 0]
 
@@ -56,8 +67,7 @@ def candidates(args, longest_row=1):
 def smallest_changes(planner, machine, count=3):
     """Return [(words, {flag: value}, Forecast)] of the first changes by which a strategy fits, with the fastest that does."""
     found = []
-    longest_row = max(int(lengths.max()) for lengths in planner.data.lengths.values()) if planner.data else 1
-    for alternatives in candidates(planner.args, longest_row):
+    for alternatives in candidates(planner.args, planner.longest_row):
         for words, flags in alternatives:
             if all(getattr(planner.args, name) == value for name, value in flags.items()):
                 continue
@@ -76,15 +86,14 @@ def fastest(forecasts):
 
 
 def largest_micro_batch(planner, strategy, machine, config=None):
-    """Return (rows, Forecast) of the largest micro-batch that fits into a step of as many rows, (1, its Forecast) if none does."""
-    args = planner.args
-    sizes = divisors(args.per_device_train_batch_size * args.gradient_accumulation_steps)
-    low, high, best = 0, len(sizes) - 1, None
+    """Return (flags of the largest micro-batch that fits into the same step, its Forecast), or of the smallest if none does."""
+    args, ways = planner.args, cuts(planner.args, planner.longest_row)
+    low, high, best = 0, len(ways) - 1, None
     while low <= high:  # memory grows with the micro-batch
         middle = (low + high) // 2
-        forecast = planner.forecast(strategy, machine, dataclasses.replace(args, **cut(args, sizes[middle])), config)
+        forecast = planner.forecast(strategy, machine, dataclasses.replace(args, **ways[middle]), config)
         if forecast.fits:
-            best, low = (sizes[middle], forecast), middle + 1
+            best, low = (ways[middle], forecast), middle + 1
         else:
             high = middle - 1
-    return best or (1, planner.forecast(strategy, machine, dataclasses.replace(args, **cut(args, 1)), config))
+    return best or (ways[0], planner.forecast(strategy, machine, dataclasses.replace(args, **ways[0]), config))

@@ -91,6 +91,11 @@ class Planner:
         self.forward_loss, self.make_trainable = forward_loss, make_trainable
         self.traced = {}
 
+    @property
+    def longest_row(self):
+        """Tokens of the longest row, evaluated ones included; 1 where there are no rows."""
+        return max(int(lengths.max()) for lengths in self.data.lengths.values()) if self.data else 1
+
     def shapes(self, args, num_processes, on_gpu):
         """Return the candidates for the largest micro-batches, as largest_shapes does."""
         if self.data is None:

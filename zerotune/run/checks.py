@@ -138,10 +138,6 @@ def check_rows(args):
         not args.packing or args.peft not in ("prefix", "prompt"),
         f"--packing: does not go with --peft {args.peft}, which puts positions of its own before each line of a batch",
     )
-    need(
-        not (args.auto_batch and args.max_tokens_per_micro_batch),
-        "--auto_batch and --max_tokens_per_micro_batch both decide how a step is cut; give one",
-    )
     need(not args.loss_chunks or args.task != "classification", "--loss_chunks: a classifier has no logits of a vocabulary")
     need(bool(args.source_lang) == bool(args.target_lang), "--source_lang and --target_lang go together; give both or none")
     return problems

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, send_to_device
 from zerotune.errors import RunError, UserError
 from zerotune.model import packing
 from zerotune.model.loading import hidden_size
-from zerotune.plan.changes import cut, divisors, largest_micro_batch
+from zerotune.plan.changes import cuts, divisors, largest_micro_batch
 from zerotune.plan.forecast import Planner
 from zerotune.plan.machine import GIB, this_machine
 from zerotune.plan.parameters import FROZEN, OPTIMIZER, WEIGHTS, optimizer_states
@@ -29,8 +29,8 @@ from zerotune.run.evaluation import evaluating
 from zerotune.run.profiling import memory_gib
 from zerotune.run.records import add_to_run, peak_memory
 
-CUT = "per_device_train_batch_size", "gradient_accumulation_steps"
-LIMIT = "ZEROTUNE_MICRO_BATCH_LIMIT"  # rows of a micro-batch that did not fit, for the process that takes this one's place
+CUT, TOKENS = ("per_device_train_batch_size", "gradient_accumulation_steps"), "max_tokens_per_micro_batch"
+LIMIT = "ZEROTUNE_MICRO_BATCH_LIMIT"  # the micro-batch, in rows or tokens, that did not fit, for the process in this one's place
 
 
 class Fit:
@@ -92,23 +92,24 @@ class Fit:
         fit are not chosen again.
         """
         args, choice, why, problem = self.args, None, "", None
-        given = {name: getattr(args, name) for name in CUT}
+        size, unit = (TOKENS, "tokens") if args.max_tokens_per_micro_batch else (CUT[0], "rows")
+        given = {name: getattr(args, name) for name in ((TOKENS,) if size == TOKENS else CUT)}
         if self.accelerator.is_main_process:
-            choice, why = kept_cut(args, self.accelerator.num_processes), "as the run began"
+            choice, why = kept_cut(args, given, self.accelerator.num_processes), "as the run began"
             if choice is not None and LIMIT in os.environ:  # a smaller one would be another run; this one would be tried for ever
-                problem = f"micro-batches of {choice[CUT[0]]} rows, as the run began, do not fit here; go on with it where they do"
+                problem = f"micro-batches of {choice[size]} {unit}, as the run began, do not fit here; go on with it where they do"
             elif choice is None:
-                rows, forecast = largest_micro_batch(self.planner, self.strategy.stem, self.machine, self.strategy.config)
+                choice, forecast = largest_micro_batch(self.planner, self.strategy.stem, self.machine, self.strategy.config)
                 why, problem = f"{gib(forecast.device_bytes)} of {gib(forecast.device_limit)} GiB are planned", forecast.problem
-                if (limit := int(os.environ.get(LIMIT, rows + 1))) <= rows:
-                    total = given[CUT[0]] * given[CUT[1]]
-                    rows, why = max(n for n in divisors(total) if n < limit), f"{limit} did not fit when they were tried"
-                choice = cut(args, rows)
+                if (limit := int(os.environ.get(LIMIT, choice[size] + 1))) <= choice[size]:
+                    choice = [way for way in cuts(args, self.planner.longest_row) if way[size] < limit][-1]
+                    why = f"{limit} did not fit when they were tried"
         choice, why, problem = broadcast_object_list([choice, why, problem])
         if problem:
             raise UserError(f"--auto_batch: {problem}")
         words = [" x ".join(map(str, rows.values())) for rows in (choice, given)]
-        say(f"auto_batch: {words[0]} rows x accumulation in place of {words[1]}, the same step and losses: {why}")
+        what = "tokens a micro-batch" if size == TOKENS else "rows x accumulation"
+        say(f"auto_batch: {words[0]} {what} in place of {words[1]}, the same step and losses: {why}")
         self.recut(choice)
         return {"given": given, "chosen": choice, "why": why}
 
@@ -179,12 +180,16 @@ class Fit:
         An engine that ran out of memory in the middle of a pass is in no state to go on from. The process keeps its number, by
         which the launcher knows it; a count of restarts keeps the new ranks' meeting apart from the old.
         """
-        rows = self.args.per_device_train_batch_size
-        if rows == 1:
-            raise RunError(f"--auto_batch: a micro-batch of 1 row does not fit ({error}); python -m zerotune plan says what would")
-        print(f"auto_batch: rank {self.accelerator.process_index}: micro-batches of {rows} do not fit, starting again", flush=True)
+        smallest = next(iter(cuts(self.args, self.planner.longest_row)[0].items()))
+        size = self.args.max_tokens_per_micro_batch or self.args.per_device_train_batch_size
+        if size == smallest[1]:
+            unit = "tokens" if smallest[0] == TOKENS else "row"
+            raise RunError(
+                f"--auto_batch: a micro-batch of {size} {unit} does not fit ({error}); python -m zerotune plan says what would"
+            )
+        print(f"auto_batch: rank {self.accelerator.process_index}: micro-batches of {size} do not fit, starting again", flush=True)
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1
-        os.environ |= {LIMIT: str(rows), "TORCHELASTIC_RESTART_COUNT": str(restarts)}
+        os.environ |= {LIMIT: str(size), "TORCHELASTIC_RESTART_COUNT": str(restarts)}
         for number in map(int, os.listdir("/proc/self/fd")):
             if number > 2:
                 with contextlib.suppress(OSError):  # the list's own is gone by now
@@ -235,10 +240,11 @@ def measured(accelerator, model, optimizer, host_before_model_gib):
     return {"weights": weights, "optimizer states": states, "the rest": total - weights - states, "total": total}
 
 
-def kept_cut(args, num_processes):
-    """Return the micro-batch and accumulation that --auto_batch chose for the run that is gone on with here, None if it is none.
+def kept_cut(args, given, num_processes):
+    """Return the flags that --auto_batch chose for the run that is gone on with here, None if it is none.
 
-    On another number of processes it would be another number of rows a step, and is chosen anew.
+    given: the flags of the cut as they are given now. On another number of processes it would be another number of rows a step, and
+    is chosen anew.
     """
     run = Path(args.output_dir) / "run.json"
     if args.resume_from_checkpoint == "none" or not list_checkpoints(args.output_dir) or not run.exists():
@@ -247,9 +253,12 @@ def kept_cut(args, num_processes):
     before = content["arguments"]
     if content["engine"]["num_processes"] != num_processes:
         return None
-    rows = before[CUT[0]] * before[CUT[1]]
-    same = before.get("auto_batch") and rows == args.per_device_train_batch_size * args.gradient_accumulation_steps
-    return {name: before[name] for name in CUT} if same else None
+    if TOKENS in given:
+        same = (content.get("auto_batch") or {}).get("given") == given
+    else:
+        rows = before[CUT[0]] * before[CUT[1]]
+        same = before.get("auto_batch") and rows == args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return {name: before[name] for name in given} if same else None
 
 
 def forget_gradients(optimizer):

@@ -115,11 +115,11 @@ def main():
         if file is None:
             file = f"{folder}/numbered.jsonl"
             numbered(f"{folder}/train.jsonl", file, args.num_rows, args.chats)
-        flags = {"train_file": file, "source_column": args.source_column, "target_column": args.target_column}
+        flags = {"train_file": [file], "source_column": args.source_column, "target_column": args.target_column}
         if args.chats:
             template = Path(folder) / "chatml.jinja"
             template.write_text(CHATML)
-            flags = {"train_file": file, "task": "causal", "messages_column": "messages", "chat_template": str(template)}
+            flags = {"train_file": [file], "task": "causal", "messages_column": "messages", "chat_template": str(template)}
         found = {kind: [] for kind in KINDS}
         for repeat in range(args.repeats):
             for kind in KINDS:
