@@ -6,6 +6,7 @@ run, only maps it. encoding.py says what columns a row has.
 """
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -124,6 +125,8 @@ def write_rows(path, records, args, given):
     count, writer = 0, None
     chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])
     with contextlib.ExitStack() as stack:
+        gc.freeze()  # the libraries' objects: looking through them again every few thousand rows costs a tenth of the time
+        stack.callback(gc.unfreeze)
         for batch in encoded(chunks, args, given, stack):
             if writer is None:
                 writer = stack.enter_context(

@@ -22,8 +22,12 @@ SPLITS = {"train": "train_file", "validation": "validation_file", "test": "test_
 
 
 def column(rows, name):
-    """Return a column of a Dataset as pyarrow's, without making Python objects of it."""
-    return rows.select_columns(name).with_format("arrow")[:][name]
+    """Return a column of a Dataset as a pyarrow.ChunkedArray, without making Python objects of it.
+
+    Of chosen rows `datasets` would gather one at a time, of all columns: seconds for a hundred thousand.
+    """
+    values, chosen = rows.data.column(name), rows._indices
+    return values if chosen is None else values.take(chosen.column(0))
 
 
 def numbers(rows, name):
