@@ -243,6 +243,14 @@ def test_bad_numbers_are_skipped_on_all_ranks(train, tiny, tmp_path, strategy):
 
     if strategy == "zero3":
         return
+    files = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    for file, part in zip(files, (rows[:6], rows[6:]), strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in part))
+    result = train(strategy, name="files", train_file=files, max_steps=4, **options | {"logging_steps": 4})
+    (record,), (bad,) = result.records("loss"), result.records("bad_step")
+    parts = record["sources"].values()
+    assert all(part["loss"] is not None for part in parts), "a skipped step is no part of the losses by source"
+    assert sum(part["target_tokens"] for part in parts) == record["target_tokens"] and f"{files[0]}:6" in bad["train_file_lines"]
     (tmp_path / "poison.jsonl").write_text(json.dumps(rows[5]) + "\n")
     stopped = train(
         strategy, check=False, name="all", train_file=tmp_path / "poison.jsonl", max_steps=9, max_bad_steps=2, **options

@@ -255,7 +255,8 @@ def test_models_that_look_at_values_are_refused(tmp_path):
 
 def test_micro_batches_by_tokens_are_planned_by_the_rows_that_fill_them(tiny, rows16, tmp_path):
     """Each shape stays within the limit, one is of the longest row, and smaller limits than it are not proposed."""
-    from zerotune.plan.changes import candidates
+    from zerotune.plan.changes import candidates, cuts
+    from zerotune.plan.shapes import largest_by_tokens
 
     args = Arguments(
         model_name_or_path=str(tiny("t5")), train_file=[str(rows16)], output_dir=str(tmp_path / "run"),
@@ -268,6 +269,9 @@ def test_micro_batches_by_tokens_are_planned_by_the_rows_that_fill_them(tiny, ro
         assert any(shape.tokens == shape.rows * -(-longest // multiple) * multiple or shape.rows == 1 for shape in shapes)
         assert all(shape.tokens <= 200 or shape.rows == 1 for shape in shapes) and max(shape.rows for shape in shapes) > 2
         assert all(shape.row is not None and shape.rows <= 16 for shape in shapes)
+    assert [cut["max_tokens_per_micro_batch"] for cut in cuts(args, longest)] == [100, 200]
+    (pair,) = largest_by_tokens(np.array([[1, 1], [1, 1]]), 200, 16, 1)
+    assert [shape.rows for shape in pair] == [16], "no more rows than a step has, and then nothing comes after"
     small, large = (
         planner.forecast("single", machine, dataclasses.replace(args, max_tokens_per_micro_batch=n)).device_bytes
         for n in (100, 400)

@@ -106,6 +106,9 @@ def test_words_of_the_flag(tmp_path):
     assert sources_of([], "test_file") == []
     for words, flag, line in (
         ([f"{a}:0"], "train_file", f"--train_file {a}:0: the weight 0 must be greater than 0; leave out a file"),
+        ([f"{a}:x"], "train_file", f"--train_file {a}:x: the weight x is no number"),
+        ([f"{tmp_path}/*.jsonl:", b], "train_file", "the weight  is no number"),
+        (["none.jsonl:2"], "train_file", "--train_file none.jsonl:2: no such file"),
         ([f"{a}:-1"], "train_file", "the weight -1 must be greater than 0"),
         ([f"{a}:1e-9", b], "train_file", "is less than one draw in a million"),
         ([f"{a}:2"], "validation_file", "an evaluation counts each row once; leave out the weight (2)"),
@@ -136,6 +139,11 @@ def test_rows_know_their_files(tmp_path, tokenizer):
     files = [write(tmp_path / f"{name}.jsonl", count, seed=count) for name, count in (("a", 3), ("b", 4), ("c", 5))]
     with open(files[1], "a") as file:
         file.write("{}\n")
+    longest = write(tmp_path / "longest.jsonl", 9, 30, seed=9)
+    lines = Path(longest).read_text().splitlines(keepends=True)
+    Path(longest).write_text("".join([*lines[:4], "{}\n", *lines[4:]]))  # in the middle: others are cut off as a slice
+    chosen = Data(Arguments(train_file=[longest], skip_bad_rows=True), tokenizer)
+    assert chosen.lengths["train"].tolist() == [len(row["input_ids"]) + len(row["labels"]) for row in chosen.rows["train"]]
     with pytest.raises(UserError) as error:
         Data(Arguments(train_file=files), tokenizer)
     assert error.value.problems[0] == f"1 bad rows in {files[1]}; mend them or pass --skip_bad_rows"
@@ -146,6 +154,8 @@ def test_rows_know_their_files(tmp_path, tokenizer):
     assert data.stream(1).source_sizes == [7, 5] and data.stream(1).weights == [2, 1] and len(data.rows["validation"]) == 4
     assert data.lines("train", [0, 3, 7, 11]) == [f"{files[0]}:1", f"{files[1]}:1", f"{files[2]}:1", f"{files[2]}:5"]
     assert data.source_of("train", np.arange(12)).tolist() == [0] * 7 + [1] * 5
+    sides = [data.rows["train"][side][:] for side in ("input_ids", "labels")]
+    assert data.costs["train"].tolist() == [[len(source), len(target)] for source, target in zip(*sides, strict=True)]
     facts = data.report()["train"]
     assert facts["rows"] == 12 and facts["bad_rows"] == 1
     assert facts["sources"]["c"] == {"files": [files[2]], "rows": 5, "weight": 1.0, "share_of_draws": 0.333333}

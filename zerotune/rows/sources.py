@@ -15,7 +15,7 @@ from zerotune.errors import UserError
 from zerotune.rows.files import COMPRESSED, kind_of
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
-WEIGHTED = re.compile(r"(.+):([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)", re.DOTALL)
+WEIGHTED = re.compile(r"(.+):([^:/]*)", re.DOTALL)
 WILD = re.compile(r"[*?[\]]+")
 SMALLEST_SHARE = Fraction(1, 1_000_000)
 
@@ -37,7 +37,7 @@ def sources_of(words, flag):
     problems, given = [], []
     for word in words:
         path, weight = word, None
-        if not Path(word).is_file() and (match := WEIGHTED.fullmatch(word)):
+        if not Path(word).is_file() and (match := WEIGHTED.fullmatch(word)) and (Path(match[1]).is_file() or WILD.search(match[1])):
             path, weight = match[1], match[2]
         try:
             given.append((path, files_of(path), weight_of(weight, flag)))
