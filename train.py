@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 
 from zerotune.engine import processes, stopping
 from zerotune.engine.deepspeed_config import has_cuda
-from zerotune.engine.determinism import seed_pass, set_deterministic
+from zerotune.engine.determinism import seed_pass, set_deterministic, set_tf32
 from zerotune.engine.ending import exit_with, finish, restore_default_signals
 from zerotune.engine.frozen import frozen_checksum
 from zerotune.engine.optimizer import build_optimizer
@@ -44,6 +44,7 @@ from zerotune.engine.strategy import launched_strategy
 from zerotune.errors import UserError
 from zerotune.model import adapters, loading
 from zerotune.model.activations import enable_gradient_checkpointing
+from zerotune.model.attention import lines_of_packed
 from zerotune.model.freezing import apply_rules
 from zerotune.model.loss import chunk_loss, count_targets, token_losses
 from zerotune.model.packing import check_packable, pack_forward
@@ -108,6 +109,7 @@ def setup(args):
     )
     processes.check_processes(accelerator)
     set_deterministic(args.deterministic)
+    set_tf32(args.tf32)
     console = records.Console(accelerator.is_main_process)
     console.say(f"strategy: {strategy.name}, {processes.describe(accelerator)}, mixed precision {args.mixed_precision}")
     if args.mixed_precision == "fp16" and config.model_type in loading.T5_FAMILY:
@@ -179,8 +181,9 @@ def load_model(run):
     if args.peft == "adalora":
         adapters.allocate_ranks(model, optimizer)
     decoder_inputs = loading.decoder_inputs(model, run.config) if args.task == "seq2seq" else None
-    width = loading.hidden_size(run.config) if args.packing else None
-    run.collator = Collator(args.task, run.tokenizer.pad_token_id, run.data.labels, 8 if has_cuda() else 1, decoder_inputs, width)
+    packing = (loading.hidden_size(run.config), lines_of_packed(model.config)) if args.packing else ()
+    multiple = 8 if has_cuda() else 1
+    run.collator = Collator(args.task, run.tokenizer.pad_token_id, run.data.labels, multiple, decoder_inputs, *packing)
     run.model, run.optimizer = accelerator.prepare(model, optimizer)
     run.model.train()
     if args.packing:  # before anything of an earlier run is touched

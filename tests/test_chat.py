@@ -1,15 +1,19 @@
 """Conversations: what of them is learned, token by token, under templates shaped like those of the families; cutting; mistakes."""
 
+import copy
 import json
+import random
 from pathlib import Path
 
 import pytest
 from conftest import text
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from zerotune.errors import UserError
 from zerotune.rows.chat import Chats, load_template
 from zerotune.rows.data import marked
 from zerotune.rows.encoding import CUT_AWAY, encode
+from zerotune.rows.places import between_bytes, bytes_of_tokens, tokens_between
 from zerotune.run.arguments import Arguments, check_arguments
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -22,7 +26,7 @@ SPECIAL = (
 @pytest.fixture(scope="module")
 def tokenizer():
     """Return a byte-level tokenizer, whose tokens decode to the text that they were, with a merge across a line's end."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import decoders, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -253,6 +257,30 @@ def test_where_answers_begin_and_end(tokenizer):
     for row in (chat("hi", "a<|im_end|>b"), chat("hi", "a<|im_end|>b", "c", "d")):
         assert encoded(tokenizer, "chatml", [row])[0][0]["error"] == "an answer holds '<|im_end|>', at which generation would stop"
     assert encoded(tokenizer, "chatml", [chat("a<|im_end|>b", "ho")])[1][0].endswith("⟦ho<|im_end|>⟧\n")
+
+
+def test_places_by_bytes_are_those_by_offsets(tokenizer):
+    """A byte-level tokenizer's tokens lie where their bytes add up to; what this cannot tell is left to the offsets."""
+    inner, generator = tokenizer.backend_tokenizer, random.Random(0)
+    sizes, counts = bytes_of_tokens(inner), {"by bytes": 0, "left": 0}
+    parts = ["a", " ", "\n", "\n\n", "é", "e\u0301", "\u4e16", "😀", "<|im_end|>", "<|end|>", "<think>", "<s>"]
+    for _ in range(400):
+        text = "".join(generator.choices(parts, k=generator.randint(1, 12)))
+        spans = [sorted(generator.sample(range(len(text) + 1), 2))]
+        encoding = inner.encode(text, add_special_tokens=False)
+        found = between_bytes(encoding.ids, text, spans, sizes)
+        counts["left" if found is None else "by bytes"] += 1
+        if found is not None:
+            assert found == [tokens_between(encoding, text, begin, end, inner) for begin, end in spans], (text, spans)
+    assert min(counts.values()) > 50, counts
+    taking = copy.deepcopy(inner)
+    taking.add_special_tokens([AddedToken("<|end|>", rstrip=True)])
+    text = "a<|end|>  b"
+    ids = taking.encode(text, add_special_tokens=False).ids
+    assert len(ids) == 3 and between_bytes(ids, text, [(0, 1)], bytes_of_tokens(taking)) is None
+    taking.normalizer = normalizers.Lowercase()
+    assert bytes_of_tokens(taking) is None
+    assert bytes_of_tokens(Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))) is None
 
 
 def test_prompts_that_depend_on_what_was_said(tokenizer):

@@ -95,6 +95,9 @@ SAVERS = [
     ("zero2", {"optim": "adamw_bnb_8bit"}),
     (None, {"optim": "paged_adamw_8bit"}),
     (None, {"liger": True}),
+    (None, {"tf32": True, "mixed_precision": "no"}),
+    (None, {"attn_implementation": "flex_attention", "packing": True}),
+    (None, {"attn_implementation": "flash_attention_2", "packing": True}),
     (None, {"loss_chunks": 3, "mixed_precision": "fp16"}),
 ]
 
@@ -104,6 +107,8 @@ def test_savers_learn_and_load(train_one, tiny, rows16, strategy, options):
     """On CUDA bitsandbytes and Triton have kernels of their own. final/ has been read back where a run ends well."""
     if options.get("liger"):
         pytest.importorskip("liger_kernel")
+    if options.get("attn_implementation") == "flash_attention_2":
+        pytest.importorskip("flash_attn")
     common = {"task": "causal", "mixed_precision": "bf16", "learning_rate": 3e-3, "max_steps": 20, "logging_steps": 5}
     common |= {"model_name_or_path": tiny("llama"), "train_file": rows16, "validation_file": rows16, "eval_steps": 10}
     result = train_one(strategy, predict_with_generate=False, **common | options)

@@ -8,10 +8,13 @@ import torch
 from conftest import SPECIALS, WORDS, tiny_config
 
 from zerotune.errors import UserError
+from zerotune.model.attention import choose_attention, lines_of_packed
 from zerotune.model.loading import decoder_inputs
 from zerotune.model.loss import token_losses
 from zerotune.model.packing import DECODERS, ENCODER_DECODERS, check_exact, pack_forward, places_in_rows
+from zerotune.plan.empty import empty_model
 from zerotune.rows import IGNORE
+from zerotune.rows.batches import Stream, deal_by_tokens, rows_of_step
 from zerotune.rows.collation import Collator, count_tokens
 from zerotune.rows.packing import lines_of
 
@@ -108,6 +111,27 @@ def test_packed_is_padded(family):
     assert abs(seen.sum().item() / loss - 1) > 1e-4, "the rows have to matter for this to show anything"
 
 
+def test_wider_models_waste_less():
+    """Padding and products beyond the rows' own, of rows with the lengths of conversations: the figures of docs/rows.md."""
+    generator, found = np.random.default_rng(0), {}
+    lengths = sum(np.exp(generator.uniform(np.log(8), np.log(most), 2000)).astype(int) for most in (400, 128))
+    costs, stream = np.stack([lengths, 0 * lengths], axis=1), Stream(0, [2000])
+    for width in (512, 1024, 2048, 4096):
+        real = laid = done = needed = 0
+        for step in range(8):
+            rows = rows_of_step(step, stream, 32)
+            rows = rows[np.argsort(-lengths[rows], kind="stable")]
+            for (mine,) in deal_by_tokens(rows, costs[rows], 1024, 1, packed=True):
+                sizes = lengths[mine]
+                lines = lines_of(sizes, 0 * sizes, width)
+                longest = max(sizes[line].sum() for line in lines)
+                real, laid = real + sizes.sum(), laid + len(lines) * longest
+                needed += (sizes * (6 * width + sizes)).sum()
+                done += len(lines) * longest * (6 * width + longest)
+        found[width] = round(100 * float(1 - real / laid), 1), round(100 * float(done / needed - 1), 1)
+    assert found == {512: (3.3, 6.6), 1024: (2.3, 4.7), 2048: (1.3, 3.2), 4096: (0.3, 1.9)}
+
+
 def test_a_model_has_to_show_it():
     """What two rows' targets lose is compared one by one: in 16 bits too, a row that sees the other is noticed."""
     torch.manual_seed(1)
@@ -156,6 +180,49 @@ def test_every_token_once():
         assert len(lines_of(sources, targets, 64, multiple, count=1)) == 1
 
 
+def test_attention_that_skips_between_rows():
+    """FlexAttention takes the packed rows of a decoder as one line, whose losses are the padded ones."""  # no backward on a CPU
+    torch.manual_seed(1)
+    model_class, config = config_of("llama")
+    model = model_class(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim == 2 else 1)
+    state = model.state_dict()
+    columns, losses = columns_of("causal", [17, 5, 29]), {}
+    for kind in ("sdpa", "flex_attention"):
+        choose_attention(config, kind, model_class)
+        model = model_class(config).eval()
+        assert model.config._attn_implementation == kind
+        model.load_state_dict(state)
+        pack_forward(model)
+        collator = Collator("causal", 0, None, 1, None, 1, lines_of_packed(config))
+        batch = collator.training(columns)
+        assert len(batch["input_ids"]) == {"sdpa": 2, "flex_attention": 1}[kind], "of a width of 1 attention costs most"
+        padded = collator(columns)
+        blind = batch | {"token_rows": torch.ones_like(batch["token_rows"])}
+        for name, given in (("packed", batch), ("padded", padded), ("blind", blind)):
+            labels = given.pop("labels")
+            with torch.no_grad():
+                losses[kind, name] = token_losses(model(**given).logits, labels)[labels != IGNORE].sort().values
+    reference = losses["sdpa", "padded"]
+    assert len(reference) == 48
+    for name, found in losses.items():
+        apart = (found - reference).norm() / reference.norm()
+        assert apart > 1e-3 if name[1] == "blind" else apart < 1e-5, name
+
+
+def test_attention_that_a_model_lacks():
+    model_class, config = tiny_config("t5", 0.0)
+    with pytest.raises(UserError, match="flash_attention_2: a t5 model does not have it; it has eager, sdpa, flex_attention"):
+        choose_attention(config, "flash_attention_2", model_class)
+    model_class, config = tiny_config("llama", 0.0)
+    choose_attention(config, "flash_attention_2", model_class)
+    assert lines_of_packed(config) == 1
+    planned = empty_model(config, "causal", torch.float32)
+    assert planned.config._attn_implementation == "sdpa" and config._attn_implementation == "flash_attention_2"
+
+
 def test_what_is_refused():
     model_class, config = tiny_config("t5", 0.0)
     with pytest.raises(UserError, match="eager attention would not keep the rows of this model apart; it needs sdpa"):
@@ -186,7 +253,8 @@ def test_a_packed_run_is_a_padded_run(cell, train, tiny, rows16):
     }  # fmt: skip
     options |= more
     padded = train(None, name="padded", **options | {"gradient_accumulation_steps": 2 * options["gradient_accumulation_steps"]})
-    packed = train(strategy, name="packed", packing=True, **options)
+    kernels = {"attn_implementation": "eager"} if family == "llama" else {}
+    packed = train(strategy, name="packed", packing=True, **kernels, **options)
     for one, other in zip(padded.records("loss"), packed.records("loss"), strict=True):
         assert abs(other["loss"] / one["loss"] - 1) < 1e-5 and abs(other["grad_norm"] / one["grad_norm"] - 1) < 1e-4
         assert [one[name] for name in ("target_tokens", "real_tokens")] == [

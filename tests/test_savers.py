@@ -263,7 +263,10 @@ def test_mistakes_are_found_before_training():
     assert "--peft adalora: in fp16" in problems(peft="adalora", mixed_precision="fp16")
     assert problems(peft="lora") == ""
     if not torch.cuda.is_available():
-        device = "\n".join(check_device(Arguments(optim="paged_adamw_8bit", liger=True)))
+        device = "\n".join(
+            check_device(Arguments(optim="paged_adamw_8bit", liger=True, tf32=True, attn_implementation="flex_attention"))
+        )
+        assert "--tf32: is a precision of GPUs" in device and "--attn_implementation flex_attention: trains on a GPU" in device
         assert "paged_adamw_8bit: pages a GPU's memory" in device and "--liger: its kernels are written in Triton" in device
     for kind, bits in (("longt5", "nf4"), ("switch_transformers", "fp4"), ("prophetnet", "int8")):
         with pytest.raises(UserError, match=f"--quantize {bits}: not for a {kind} model: .*; use --quantize "):

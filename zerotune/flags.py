@@ -1,6 +1,6 @@
 """What a flag of train.py is declared with: default, help, unit, range, and what it decides; each fact has this one home.
 
-The flags themselves stand in run/arguments.py, and run/parsing.py makes a command line of them.
+The flags themselves stand in run/groups.py, and run/parsing.py makes a command line of them.
 """
 
 import dataclasses

@@ -27,6 +27,12 @@ def set_deterministic(wanted):
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention, where torch prefers it, does not promise the same bits twice
 
 
+def set_tf32(wanted):
+    """Have matrix products of float32 on a GPU round their factors to TF32's 10 bits; without it nothing is touched."""
+    if wanted:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
 def seed_pass(seed, step, micro_batch, rank):
     """Seed all generators for one forward and backward pass, so that its dropout is a function of these four numbers alone."""
     mixed = np.random.SeedSequence([seed, step, micro_batch, rank]).generate_state(2)

@@ -75,6 +75,9 @@ class Strategy:
             plugin.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = most_micro_batches(args)
 
 
+FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+
+
 def check_device(args):
     """Return problems with a precision or an optimizer that this machine's devices do not have."""
     import torch
@@ -93,7 +96,21 @@ def check_device(args):
             problems.append("--memory_snapshot: records a GPU's allocator, and this machine's device is a CPU; leave it out")
         if args.liger:
             problems.append("--liger: its kernels are written in Triton for GPUs, and this machine's device is a CPU; leave it out")
+        if args.tf32:
+            problems.append("--tf32: is a precision of GPUs, and this machine's device is a CPU; leave it out")
+        if args.attn_implementation not in (None, "eager", "sdpa"):
+            problems.append(
+                f"--attn_implementation {args.attn_implementation}: trains on a GPU, and this machine's device is a CPU; use sdpa"
+            )
         return problems
+    if args.tf32 and torch.cuda.get_device_capability() < (8, 0):
+        return ["--tf32: this GPU has no TF32; leave it out"]
+    if package := FLASH_PACKAGES.get(args.attn_implementation):
+        given = f"--attn_implementation {args.attn_implementation}"
+        if importlib.util.find_spec(package) is None:
+            return [f"{given}: {package} is not installed; install it for this GPU and torch, or use sdpa"]
+        if args.mixed_precision == "no":
+            return [f"{given}: computes in 16 bits alone; use --mixed_precision bf16, or sdpa"]
     if args.liger and importlib.util.find_spec("liger_kernel") is None:
         return ["--liger: liger-kernel is not installed: pip install -r requirements-gpu.txt"]
     if args.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from zerotune.errors import UserError
 from zerotune.model.adapters import add_tokens
+from zerotune.model.attention import choose_attention
 from zerotune.model.quantization import prepare_quantized
 from zerotune.rows.chat import load_template
 
@@ -40,7 +41,14 @@ def load_config(args):
     if type(config) not in AUTO_CLASSES[args.task]._model_mapping and not args.trust_remote_code:
         fits = [task for task, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping]
         raise UserError(f"--task {args.task}: a {config.model_type} model cannot do this; it fits {', '.join(fits) or 'no task'}")
+    choose_attention(config, args.attn_implementation, model_class_of(config, args.task))
     return config
+
+
+def model_class_of(config, task):
+    """Return the class that the task's AutoModel makes of a configuration; None for one that transformers does not know."""
+    found = AUTO_CLASSES[task]._model_mapping.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
 
 
 def load_config_and_tokenizer(args):
@@ -110,7 +118,7 @@ def load_model(args, config, tokenizer, labels, dtype, quantization=None):
         config.problem_type = "single_label_classification"
     if getattr(config.get_text_config(), "pad_token_id", None) is None:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id  # sequence classifiers find the last real token by it
-    with separate_weights(auto, config, args.model_name_or_path):
+    with separate_weights(model_class_of(config, args.task), config, args.model_name_or_path):
         try:
             model, info = auto.from_pretrained(
                 args.model_name_or_path,
@@ -170,7 +178,7 @@ def shift_right(config):
 
 
 @contextlib.contextmanager
-def separate_weights(auto, config, name_or_path):
+def separate_weights(model_class, config, name_or_path):
     """Keep transformers from tying weights that the checkpoint stores as different ones.
 
     T5 1.1 (flan-t5) has an lm_head of its own. transformers' T5 declares it tied and unties it if the loaded tensors differ;
@@ -182,8 +190,6 @@ def separate_weights(auto, config, name_or_path):
             f"--model_name_or_path {name_or_path}: under ZeRO-3 a T5 is loaded from safetensors alone, as nothing else tells "
             "whether its head is its own; convert it: AutoModelForSeq2SeqLM.from_pretrained(...).save_pretrained(...)"
         )
-    model_class = auto._model_mapping.get(type(config), None)
-    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     declared = getattr(model_class, "_tied_weights_keys", None)
     if not isinstance(declared, dict) or not stored:
         yield

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from zerotune.errors import UserError
+from zerotune.model.attention import VARIABLE_LENGTH
 
 # For these it is tested against padded batches, losses and gradients (tests/test_packing.py).
 DECODERS = set("gpt2 llama mistral phi phi3 qwen2 qwen3 gemma gemma2".split())
@@ -43,11 +44,13 @@ def pack_forward(model):
     itself, sliding windows included (masking_utils.py, find_packed_sequence_indices). Encoder-decoders need three masks, and their
     encoder is called first, because one attention_mask would have to be the encoder's and the cross-attention's.
 
-    Raises UserError for a family that is not known, and for attention that would not see these masks for what they are: eager
-    attention of encoder-decoders adds booleans, and flash attention knows packed rows in batches of one line alone.
+    Raises UserError for a family that is not known, and for attention that would not see these masks for what they are: an
+    encoder-decoder's eager attention adds booleans, its flash attention takes none. A decoder's flash attention knows packed rows
+    in batches of one line (modeling_flash_attention_utils.py, _is_packed_sequence), which attention.lines_of_packed sees to.
     """
     check_packable(model.config)
-    attention, known = model.config._attn_implementation, ("sdpa",) if model.config.is_encoder_decoder else ("sdpa", "eager")
+    attention = model.config._attn_implementation
+    known = ("sdpa",) if model.config.is_encoder_decoder else ("sdpa", "eager", *VARIABLE_LENGTH)
     if attention not in known:
         raise UserError(
             f"--packing: {attention} attention would not keep the rows of this model apart; it needs {' or '.join(known)}"

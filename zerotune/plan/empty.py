@@ -12,6 +12,7 @@ from transformers import initialization
 from transformers.integrations import deepspeed as integration
 
 from zerotune.errors import UserError
+from zerotune.model.attention import VARIABLE_LENGTH
 from zerotune.model.loading import AUTO_CLASSES
 from zerotune.model.quantization import prepare_quantized
 
@@ -22,6 +23,8 @@ def empty_model(config, task, dtype, quantization=None, num_labels=None):
     quantization: transformers' configuration of it, or None. UserError for int8, whose layers only get their form from values.
     """
     config = copy.deepcopy(config)
+    if config._attn_implementation in VARIABLE_LENGTH:  # they keep what sdpa keeps, and cannot run without their GPU
+        config._attn_implementation = "sdpa"
     if num_labels is not None:
         config.num_labels = num_labels
     with unsharded(), torch.device("meta"), initialization.no_init_weights():

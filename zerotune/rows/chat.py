@@ -14,6 +14,7 @@ from jinja2 import nodes
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from zerotune.errors import UserError, nearest
+from zerotune.rows.places import bytes_of_tokens
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool", "tool_response": "tool"}
@@ -133,6 +134,7 @@ class Chats:
         special = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
         self.special = re.compile("|".join(map(re.escape, reversed(special))) or "(?!)")
         self.shapes = {}  # roles of a conversation: its Moulds, or None
+        self.token_bytes = bytes_of_tokens(tokenizer.backend_tokenizer)
         self.end, self.problem = self.end_token()
 
     def given(self, record, messages, column):

@@ -13,10 +13,12 @@ class Collator:
 
     pad_to_multiple_of: 8 on GPUs, whose matrix units want it. decoder_inputs: a function from labels to decoder inputs of the same
     shape, for seq2seq alone. packing_width: the model's hidden size, by which `packed` chooses its lines; None: rows are padded.
+    lines: how many of them there are always; None: as many as cost least.
     """
 
-    def __init__(self, task, pad_token_id, labels=None, pad_to_multiple_of=1, decoder_inputs=None, packing_width=None):
-        self.task, self.pad, self.multiple, self.packing_width = task, pad_token_id, pad_to_multiple_of, packing_width
+    def __init__(self, task, pad_token_id, labels=None, pad_to_multiple_of=1, decoder_inputs=None, packing_width=None, lines=None):
+        self.task, self.pad, self.multiple = task, pad_token_id, pad_to_multiple_of
+        self.packing_width, self.lines = packing_width, lines
         self.class_numbers = {name: number for number, name in enumerate(labels or [])}
         self.decoder_inputs = decoder_inputs
 
@@ -68,7 +70,7 @@ class Collator:
 
     def training(self, columns):
         """Return a batch as the run has it, padded or packed."""
-        return self.packed(columns) if self.packs else self(columns)
+        return self.packed(columns, self.lines) if self.packs else self(columns)
 
     def padded_to(self, lengths):
         """Return lengths as they are in a batch of their own; packed rows are padded line by line alone."""

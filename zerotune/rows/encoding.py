@@ -17,6 +17,7 @@ import pyarrow as pa
 from zerotune.errors import nearest
 from zerotune.rows import IGNORE
 from zerotune.rows.chat import messages_of
+from zerotune.rows.places import between_bytes, tokens_between
 
 FORMAT = 4  # of the cached rows: raise it when encode() changes what it writes
 CUT_AWAY = "nothing to learn is left after the cut"  # no bad row: it is left out and counted
@@ -163,13 +164,18 @@ def chat_rows(rows, tokenizer, args, chats):
             result.append(Row(row.line, str(found)))
         else:
             pairs += [(row, piece) for piece in found]
-    encodings = inner.encode_batch([piece.text for _, piece in pairs], add_special_tokens=False)
+    encodings = encoder(inner, chats)([piece.text for _, piece in pairs], add_special_tokens=False)
     for (row, piece), encoding in zip(pairs, encodings, strict=True):
         try:
             result.append(chat_row(row, piece, encoding, inner, args, chats))
         except ValueError as problem:
             result.append(Row(row.line, str(problem)))
     return sorted(result, key=lambda row: row.line)
+
+
+def encoder(inner, chats):
+    """Return the batch method of a tokenizer: offsets cost a quarter of its time, and are not needed if bytes tell as much."""
+    return inner.encode_batch if chats.token_bytes is None else inner.encode_batch_fast
 
 
 def chat_row(row, piece, encoding, inner, args, chats):
@@ -179,13 +185,19 @@ def chat_row(row, piece, encoding, inner, args, chats):
         raise ValueError(f"{before} tokens, but --max_source_length is {limit}; raise it, or give another --truncation")
     if before > limit and args.truncation == "oldest_turns":
 
-        def fits(text):
-            return len(inner.encode(text, add_special_tokens=False)) <= limit
+        def encoded(text):
+            return encoder(inner, chats)([text], add_special_tokens=False)[0]
 
-        piece, messages = chats.fitting(piece, messages, row.given, fits)
-        encoding = inner.encode(piece.text, add_special_tokens=False)
+        piece, messages = chats.fitting(piece, messages, row.given, lambda text: len(encoded(text)) <= limit)
+        encoding = encoded(piece.text)
     ids = encoding.ids  # a list that is made each time
-    places = [(turn, *tokens_between(encoding, piece.text, begin, end, inner)) for turn, begin, end in piece.answers]
+    spans = [(begin, end) for _, begin, end in piece.answers]
+    found = None if chats.token_bytes is None else between_bytes(ids, piece.text, spans, chats.token_bytes)
+    if found is None:
+        if chats.token_bytes is not None:
+            encoding = inner.encode(piece.text, add_special_tokens=False)
+        found = [tokens_between(encoding, piece.text, begin, end, inner) for begin, end in spans]
+    places = [(turn, *tokens) for (turn, _, _), tokens in zip(piece.answers, found, strict=True)]
     there = [place for place in places if place[1] < limit]  # after the cut
     labels = ids[:limit] if args.train_on == "all" else [IGNORE] * min(limit, len(ids))
     for _, begin, end in there:
@@ -200,43 +212,6 @@ def chat_row(row, piece, encoding, inner, args, chats):
         source_cut=before - len(ids),
         target_cut=max(0, len(ids) - limit),
     )
-
-
-def tokens_between(encoding, text, begin, end, inner):
-    """Return (number of the first token of an answer, one past its last one) by its characters [begin, end) in the encoded text.
-
-    Raise ValueError where a token reaches over one of its ends: what is generated begins and ends with a token.
-    """
-    place = begin
-    while place < end and (first := encoding.char_to_token(place)) is None:  # a character that no token has, such as a space
-        place += 1
-    if place == end:
-        return len(encoding), len(encoding)
-    reaches_back = encoding.token_to_chars(first)[0] < begin
-    if begin and not reaches_back and encoding.char_to_token(begin - 1) is None:  # what has no token may be in the one behind it
-        reaches_back = inner.encode(text[:begin], add_special_tokens=False).ids != encoding.ids[:first]
-    if reaches_back:
-        raise ValueError(
-            "the tokenizer makes one token of the end of the prompt and the begin of the answer, at "
-            f"{text[begin - 8 : begin + 8]!r}; have the template's prompt end elsewhere"
-        )
-    place = end
-    while (last := encoding.char_to_token(place - 1)) is None:
-        place -= 1
-    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1) == encoding.token_to_chars(last):
-        last += 1  # a character of several tokens
-    if encoding.token_to_chars(last)[1] > end and not is_special(inner, encoding.ids[last]):
-        raise ValueError(
-            f"the tokenizer makes one token of the end of an answer and of what follows it, at {text[end - 8 : end + 8]!r}; "
-            "have the template end an answer with a special token"
-        )
-    return first, last + 1
-
-
-def is_special(inner, token):
-    """Tell whether a token is a special one, which may take the space behind it along."""
-    added = inner.get_added_tokens_decoder().get(token)
-    return added is not None and added.special
 
 
 def columns(rows, task):

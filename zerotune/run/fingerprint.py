@@ -27,6 +27,7 @@ def layout(args, strategy):
         for name in (
             *LED_TO_BY["rows a step"],
             "max_tokens_per_micro_batch",
+            "attn_implementation",
             "gradient_checkpointing",
             "loss_chunks",
             "packing",

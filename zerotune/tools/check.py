@@ -37,7 +37,12 @@ def check_launch(path, num_processes, flags):
     # torch takes seconds to import, and the defaults run everywhere.
     problems = (
         check_device(args)
-        if args.mixed_precision != "no" or args.optim.startswith("paged") or args.liger or args.memory_snapshot
+        if args.mixed_precision != "no"
+        or args.optim.startswith("paged")
+        or args.liger
+        or args.memory_snapshot
+        or args.tf32
+        or args.attn_implementation
         else []
     )
     json_path = (content.get("deepspeed_config") or {}).get("deepspeed_config_file")

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from zerotune.errors import UserError, nearest
 from zerotune.flags import HARMLESS, flag
-from zerotune.run.arguments import GROUPS, Arguments, check_arguments
+from zerotune.run.arguments import Arguments, check_arguments
+from zerotune.run.groups import GROUPS
 from zerotune.run.parsing import parse
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from zerotune.run.arguments import GROUPS
+from zerotune.run.groups import GROUPS
 from zerotune.run.report.charts import figure, legend_of_marks, number
 from zerotune.run.report.curves import charts_of_run
 from zerotune.run.report.history import read_history, results

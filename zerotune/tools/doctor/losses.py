@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from zerotune.errors import UserError
-from zerotune.run.arguments import BestArguments
+from zerotune.run.groups import BestArguments
 from zerotune.tools.benchmark.cells import OUT_OF_MEMORY
 from zerotune.tools.doctor.finding import fails, fine, hurts, of_problem
 from zerotune.tools.doctor.launch import ROOT, reason_of, run_to_end
