@@ -46,7 +46,7 @@ def test_ruff_and_shellcheck_are_clean():
 
 def test_every_flag_in_documents_exists():
     known = set(Arguments.__dataclass_fields__) | OTHER_FLAGS
-    found = {(path.name, flag) for path in DOCUMENTS for flag in re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", path.read_text())}
+    found = {(path.name, flag) for path in DOCUMENTS for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9_-]+)", path.read_text())}
     assert len(found) > 30
     assert not {(name, flag) for name, flag in found if flag not in known}
 
