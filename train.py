@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 # isort: split
 import math
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from types import SimpleNamespace
 
 import torch
@@ -39,6 +39,7 @@ from zerotune.engine.determinism import seed_pass, set_deterministic, set_tf32
 from zerotune.engine.ending import exit_with, finish, restore_default_signals
 from zerotune.engine.frozen import frozen_checksum
 from zerotune.engine.optimizer import build_optimizer
+from zerotune.engine.reduction import Reduction
 from zerotune.engine.schedule import Schedule
 from zerotune.engine.strategy import launched_strategy
 from zerotune.errors import UserError
@@ -48,6 +49,7 @@ from zerotune.model.attention import lines_of_packed
 from zerotune.model.freezing import apply_rules
 from zerotune.model.loss import chunk_loss, count_targets, token_losses
 from zerotune.model.packing import check_packable, pack_forward
+from zerotune.model.prefix import train_mode
 from zerotune.model.quantization import quantization_config
 from zerotune.rows.batches import most_micro_batches
 from zerotune.rows.collation import Collator, TrainingSteps
@@ -58,6 +60,7 @@ from zerotune.run.best import Best, Calendar
 from zerotune.run.evaluation import Evaluator, metrics_before_training
 from zerotune.run.fingerprint import fingerprint, layout
 from zerotune.run.fit import Fit
+from zerotune.run.frozen_cache import FrozenCache
 from zerotune.run.guard import Guard
 from zerotune.run.monitor import Monitor
 from zerotune.run.saved_model import export_best
@@ -178,6 +181,7 @@ def load_model(run):
         weight_decay=args.weight_decay,
         on_host=run.strategy.optimizer_on_host,
     )
+    run.cache = FrozenCache(args, model)
     if args.peft == "adalora":
         adapters.allocate_ranks(model, optimizer)
     decoder_inputs = loading.decoder_inputs(model, run.config) if args.task == "seq2seq" else None
@@ -185,7 +189,8 @@ def load_model(run):
     multiple = 8 if has_cuda() else 1
     run.collator = Collator(args.task, run.tokenizer.pad_token_id, run.data.labels, multiple, decoder_inputs, *packing)
     run.model, run.optimizer = accelerator.prepare(model, optimizer)
-    run.model.train()
+    train_mode(run.model, args.frozen_eval)
+    run.reduction = Reduction(accelerator, run.model, run.fit.choose_reduction())
     if args.packing:  # before anything of an earlier run is touched
         run.fit.try_packing(run.model, run.collator, forward_loss, run.precision)
 
@@ -213,8 +218,9 @@ def resume(run):
         checkpoint.open_folder(args.output_dir, anew=run.found is None and args.overwrite_output_dir)
     frozen, facts = frozen_checksum(accelerator, model, run.precision), records.environment_facts()
     step = checkpoint.load(accelerator, model, run.optimizer, run.found, run.manifest, frozen) if run.found else 0
+    run.cache.open(run, forward_loss)
     engine = processes.engine_facts(accelerator, run.strategy, model, run.optimizer)
-    engine["parameters_partitioned_at_load"] = run.num_partitioned
+    engine |= {"parameters_partitioned_at_load": run.num_partitioned, "gradients_reduced": run.reduction.words}
     if accelerator.is_main_process:
         content = {
             "arguments": vars(args),
@@ -232,7 +238,7 @@ def resume(run):
         accelerator.init_trackers("zerotune", config={name: str(value) for name, value in vars(args).items()})
     run.console.say("engine: " + ", ".join(f"{key} {value}" for key, value in engine.items()))
     if args.probe_longest_batch or args.auto_batch:
-        run.fit.probe(model, run.optimizer, run.collator, forward_loss, run.console.say)
+        run.fit.probe(model, run.optimizer, run.collator, run.reduction, forward_loss, run.console.say)
     run.manifest_facts = {"fingerprint": run.fingerprint, "layout": run.layout, "row_offset": run.schedule.row_offset}
     run.manifest_facts |= {
         "frozen_weights": frozen,
@@ -295,6 +301,7 @@ def train(run, start):
     )
     step = start
     for step, micro_batches in monitor.steps(loader, start):
+        run.cache.begin(step)
         learning_rate = run.schedule.lr_at(step - 1)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -303,21 +310,22 @@ def train(run, start):
         targets = sum(count_targets(batch) for batch in micro_batches)
         targets = accelerator.reduce(torch.full((), targets, device=accelerator.device, dtype=torch.float32), reduction="sum")
         step_loss = torch.zeros((), device=accelerator.device)
-        for index, batch in enumerate(monitor.batches(micro_batches), 1):
-            batch = send_to_device(batch, accelerator.device, non_blocking=True)
-            labels = batch.pop("labels")
-            seed_pass(args.seed, step, index, accelerator.process_index)  # for dropout
-            accelerator.sync_gradients = index == len(micro_batches)  # the accumulation boundary, for DDP and DeepSpeed
-            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-                loss_sum, losses = forward_loss(model, batch, labels, chunked=args.loss_chunks > 0)
-                step_loss += loss_sum.detach()
-                monitor.losses(losses, labels)
-                if accelerator.sync_gradients and run.guard.is_spike(step_loss, targets):
-                    loss_sum = loss_sum * math.nan  # gradients that no strategy takes a step with
-                # x processes: DDP and DeepSpeed average gradients over the ranks, and this loss is to be summed.
-                accelerator.backward(loss_sum * (accelerator.num_processes / targets), **backward_options)
+        with run.reduction.of_step():
+            for index, batch in enumerate(monitor.batches(micro_batches), 1):
+                is_last = index == len(micro_batches)
+                batch = send_to_device(batch, accelerator.device, non_blocking=True)
+                labels = batch.pop("labels")
+                seed_pass(args.seed, step, index, accelerator.process_index)  # for dropout
+                with run.reduction.of_micro_batch(is_last):
+                    loss_sum, losses = forward_loss(model, batch, labels, chunked=args.loss_chunks > 0)
+                    step_loss += loss_sum.detach()
+                    monitor.losses(losses, labels)
+                    if is_last and run.guard.is_spike(step_loss, targets):
+                        loss_sum = loss_sum * math.nan  # gradients that no strategy takes a step with
+                    # x processes: DDP and DeepSpeed average gradients over the ranks, and this loss is to be summed.
+                    accelerator.backward(loss_sum * (accelerator.num_processes / targets), **backward_options)
 
-        # Under DeepSpeed the last backward has clipped and stepped already; these three then only report.
+        # DeepSpeed has clipped and stepped already; these three then only report.
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
         taken = run.guard.step(step, step_loss, grad_norm)
         optimizer.zero_grad()
@@ -336,6 +344,7 @@ def pause(run, step):
     stop = run.stopper.agreed(run.saver.time_is_up())
     run.saver.tell()
     if (stop or run.stopper.wished or run.calendar.saves(step)) and run.saver.last_step != step:
+        run.cache.keep()  # first: a run that goes on from this step counts on the rows before it
         run.saver.save(step)
     return stop or run.best.used_up
 
@@ -352,6 +361,7 @@ def end(run, step):
         if "test" in data.rows:
             evaluator.write_predictions("test", evaluator.evaluate("test", step))
         run.monitor.watchdog.stop()
+        run.cache.end()
         export_best(run, step, make_trainable)
     if stop := run.stopper.known:
         if saver.last_step != step:

@@ -34,7 +34,11 @@ WIDER = {  # a few million parameters in tensors of several sizes, so that no bu
 TASKS = {"t5": "seq2seq", "bart": "seq2seq", "llama": "causal", "gpt2": "causal"}
 LORA = {"peft": "lora", "lora_r": 32, "lora_alpha": 32, "target_modules": ["all-linear"]}
 QLORA = {**LORA, "quantize": "nf4"}
-BF16, EIGHT_BITS, TWICE = {"mixed_precision": "bf16"}, {"optim": "adamw_bnb_8bit"}, {"gradient_accumulation_steps": 2}
+BF16, EIGHT_BITS, TWICE = (
+    {"mixed_precision": "bf16"},
+    {"optim": "adamw_bnb_8bit"},
+    {"gradient_accumulation_steps": 2, "reduce": "each"},
+)
 CASES = {
     "zero2, full": ("zero2", 1, "t5", BF16),
     "zero2, 75 % frozen, unfused": ("zero2", 1, "gpt2", {**BF16, "freeze": ["layers[:3]"], "optim": "adamw_torch"}),
@@ -43,6 +47,8 @@ CASES = {
     "zero1, full, 8 bits": ("zero1", 2, "llama", {**BF16, **EIGHT_BITS}),
     "zero2, frozen encoder, float32 sums": ("zero2", 2, "bart", {**BF16, **TWICE, "freeze": ["encoder"]}),
     "zero2, full, float32": ("zero2", 2, "gpt2", TWICE),
+    "zero2, reduced once": ("zero2", 2, "gpt2", {**BF16, **TWICE, "reduce": "once"}),
+    "zero3, reduced once, frozen encoder": ("zero3", 2, "bart", {**TWICE, "reduce": "once", "freeze": ["encoder"]}),
     "zero2, qlora": ("zero2", 2, "llama", {**BF16, **QLORA}),
     "zero3, 75 % frozen, 8 bits": (
         "zero3", 2, "t5", {**BF16, **TWICE, **EIGHT_BITS, "freeze": ["encoder", "decoder.layers[0]"]},
@@ -193,6 +199,7 @@ def compare(folder, name):
         optim=flags.get("optim", "adamw_torch_fused"),
         mixed_precision=flags.get("mixed_precision", "no"),
         accumulation=flags.get("gradient_accumulation_steps", 1),
+        reduces_once=flags.get("reduce") == "once",
         device_has_cuda=False,
     )
     return predicted, ranks

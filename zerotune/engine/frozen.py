@@ -11,15 +11,19 @@ CHUNK = 16 * ROW  # elements looked at together: some 25 MB beside the weights
 MIXING = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed number; odd
 
 
-def frozen_checksum(accelerator, model, dtype):
+def frozen_checksum(accelerator, model, dtype, parameters=None):
     """Return the precision and 16 hexadecimal digits that change with any frozen weight, None if nothing is frozen; a collective.
+
+    parameters: a list of those that count; None: all.
 
     dtype: the training precision. Without DeepSpeed the weights are float32 whatever it is, and are compared as rounded to it.
 
     A sum modulo 2^64, over all pairs of bytes, of their value times a factor that depends on their place: a sum can be made of any
     shards in any order, as a cryptographic digest cannot. It tells different weights by mistake, not by malice.
     """
-    frozen = [(name, p) for name, p in unwrap(model).named_parameters() if not p.requires_grad]
+    counted = None if parameters is None else {id(parameter) for parameter in parameters}
+    named = unwrap(model).named_parameters()
+    frozen = [(name, p) for name, p in named if not p.requires_grad and (counted is None or id(p) in counted)]
     if not frozen:
         return None
     total = torch.zeros((), dtype=torch.int64, device=accelerator.device)

@@ -98,8 +98,8 @@ def pack_forward(model):
     model.forward = forward
 
 
-def check_exact(padded, packed, precision):
-    """Raise UserError unless the targets of the same rows have the same losses padded and packed, by this very model.
+def check_exact(padded, packed, precision, flag="--packing", what="packed than padded"):
+    """Raise UserError unless the targets of the same rows have the same losses both ways, by this very model.
 
     padded, packed: the losses, float32 (targets,), in one order; their L2 distance counts, beside the padded ones' norm.
     """
@@ -108,6 +108,6 @@ def check_exact(padded, packed, precision):
     apart = float((packed - padded).norm() / padded.norm())
     if not apart <= allowed:
         raise UserError(
-            f"--packing: this model gives the targets of two rows other losses packed than padded, {apart:.2g} of their size apart "
+            f"{flag}: this model gives the targets of two rows other losses {what}, {apart:.2g} of their size apart "
             f"(allowed: {allowed:.2g}); train it without"
         )

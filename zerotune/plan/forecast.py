@@ -14,8 +14,10 @@ import torch
 import yaml
 
 from zerotune.engine.deepspeed_config import flag_problems, read_deepspeed_config, resolve, section
+from zerotune.engine.reduction import can_choose
 from zerotune.errors import UserError
 from zerotune.model.loading import hidden_size
+from zerotune.model.prefix import train_mode
 from zerotune.model.quantization import quantization_config
 from zerotune.plan.allocator import replay
 from zerotune.plan.empty import empty_model, fake_tensors, pretend
@@ -28,7 +30,8 @@ from zerotune.rows.batches import most_micro_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme")
-IRRELEVANT = ("save_steps", "output_dir", "gradient_accumulation_steps")  # to a trace: the shapes say what accumulation does
+# To a trace: the shapes say what accumulation does.
+IRRELEVANT = ("save_steps", "output_dir", "gradient_accumulation_steps", "reduce")
 OUTSIDE, CACHE = "CUDA and NCCL", "allocator's cache"
 LIBRARIES_BYTES = int(0.45 * GIB)  # of a process that has imported torch, transformers and DeepSpeed, on a CPU
 UTILISATION = 0.45  # of the peak FLOP/s, by computing alone; the same for all strategies, so it weighs little in their order
@@ -52,6 +55,7 @@ class Forecast:
     seconds: float = 0.0  # of an optimizer step, to compare with others of the same machine
     rows: int = 1  # of an optimizer step, over all processes
     remark: str = ""
+    reduces_once: bool = False  # gradients, a step
 
     @property
     def device_bytes(self):
@@ -130,7 +134,7 @@ class Planner:
             labels = None if self.labels is None else len(self.labels)
             model = empty_model(self.config, args.task, dtype, quantization, labels)
             model, _ = self.make_trainable(model, args, self.tokenizer, dtype, max(1, args.max_steps))
-            model.train()
+            train_mode(model, args.frozen_eval)
             parameters = parameters_of(model)
             others = [t for t in tensors_of(model) if not isinstance(t, torch.nn.Parameter)]
             other_bytes = sum({id(t): t.numel() * t.element_size() for t in others}.values())
@@ -150,6 +154,12 @@ class Planner:
         args: other flags than the run's; config: a DeepSpeed JSON in place of the strategy's own.
         """
         args = args or self.args
+        if args.reduce == "auto":
+            once = self.forecast(strategy, machine, dataclasses.replace(args, reduce="once"), config)
+            # A plan may be some percent too low, and nobody has asked for what this takes.
+            if not once.reduces_once or (once.fits and (once.margin is None or 10 * once.margin > (once.device_limit or 0))):
+                return once
+            return self.forecast(strategy, machine, dataclasses.replace(args, reduce="each"), config)
         on_gpu = machine.gpu.name != "CPU process"
         num_processes = 1 if strategy == "single" else machine.num_gpus
         if strategy == "zero3_nvme":
@@ -157,6 +167,7 @@ class Planner:
         result = Forecast(strategy, device_limit=machine.gpu_bytes, host_limit=machine.host_bytes, nvme_limit=machine.nvme_bytes)
         try:
             config = self.deepspeed_config(strategy, args, num_processes, config)
+            result.reduces_once = can_choose(args, config) and args.reduce == "once"
             stage = config["zero_optimization"]["stage"] if config else 0
             candidates = self.shapes(args, num_processes, on_gpu)
             parameters, other_bytes, traces = self.trace(args, config is not None, stage, candidates, on_gpu)
@@ -168,6 +179,7 @@ class Planner:
                 optim=args.optim,
                 mixed_precision=args.mixed_precision,
                 accumulation=most_micro_batches(args),
+                reduces_once=result.reduces_once,
                 device_has_cuda=on_gpu,
             )
         except UserError as error:
@@ -280,10 +292,12 @@ def add_speed(result, machine, config, args, parameters, flops, num_processes):
     weights_on = section(config or {}, "zero_optimization.offload_param").get("device", "none")
     if stage == 0:
         result.bytes_sent = int(2 * share * size * trainable)
-    elif stage < 3:  # an all-reduce in place of a reduction (use_multi_rank_bucket_allreduce), then the changed weights
-        result.bytes_sent = int(share * size * trainable * (2 * (micro if stage == 2 else 1) + 1))
-    else:  # weights for the forward and for the backward pass, and gradients, of each micro-batch
-        result.bytes_sent = int(share * micro * (2 * weights + size * trainable))
+    else:
+        reductions = micro if stage > 1 and not result.reduces_once else 1
+        if stage < 3:  # all-reduces in place of reductions (use_multi_rank_bucket_allreduce), then the changed weights
+            result.bytes_sent = int(share * size * trainable * (2 * reductions + 1))
+        else:  # weights for the forward and for the backward pass of each micro-batch, and gradients
+            result.bytes_sent = int(share * (2 * micro * weights + reductions * size * trainable))
     compute = flops * micro / (UTILISATION * machine.gpu.flops)
     network = result.bytes_sent / machine.link
     to_host = (size * trainable * (micro + 1) if optimizer_on != "none" else 0) + (

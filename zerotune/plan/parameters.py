@@ -11,8 +11,8 @@ from zerotune.model.freezing import is_quantised
 
 WEIGHTS, FROZEN, GATHERED = "weights", "frozen weights", "gathered weights"
 GRADIENTS, OPTIMIZER, BUCKETS = "gradients", "optimizer states", "buckets"
-REDUCTION, STEP = "reduction transients", "step transients"
-CATEGORIES = (WEIGHTS, FROZEN, GATHERED, GRADIENTS, OPTIMIZER, BUCKETS, REDUCTION, STEP)
+REDUCTION, STEP, LOCAL = "reduction transients", "step transients", "local gradients"
+CATEGORIES = (WEIGHTS, FROZEN, GATHERED, GRADIENTS, LOCAL, OPTIMIZER, BUCKETS, REDUCTION, STEP)
 
 FLOAT32, FLOAT64 = 4, 8  # bytes of an element
 

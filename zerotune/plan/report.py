@@ -5,12 +5,12 @@ import shlex
 from zerotune.plan.changes import fastest, smallest_changes
 from zerotune.plan.forecast import CACHE, OUTSIDE, STRATEGIES
 from zerotune.plan.machine import GIB
-from zerotune.plan.parameters import BUCKETS, FROZEN, GATHERED, GRADIENTS, OPTIMIZER, REDUCTION, STEP, WEIGHTS
+from zerotune.plan.parameters import BUCKETS, FROZEN, GATHERED, GRADIENTS, LOCAL, OPTIMIZER, REDUCTION, STEP, WEIGHTS
 from zerotune.plan.trace import ACTIVATION, COPY, LOGITS
 
 COLUMNS = {  # of the table: which categories of the GPU's memory they add up
     "weights": (WEIGHTS, FROZEN, COPY),
-    "gradients": (GRADIENTS,),
+    "gradients": (GRADIENTS, LOCAL),
     "optimizer": (OPTIMIZER,),
     "activations": (ACTIVATION,),
     "logits": (LOGITS,),

@@ -21,6 +21,7 @@ from zerotune.plan.parameters import (
     FROZEN,
     GATHERED,
     GRADIENTS,
+    LOCAL,
     OPTIMIZER,
     REDUCTION,
     STEP,
@@ -38,14 +39,25 @@ NOT_MODELLED = (
 ).split()
 
 
-def states(parameters, other_bytes, *, num_processes, config, optim, mixed_precision="no", accumulation=1, device_has_cuda=True):
+def states(
+    parameters,
+    other_bytes,
+    *,
+    num_processes,
+    config,
+    optim,
+    mixed_precision="no",
+    accumulation=1,
+    reduces_once=False,
+    device_has_cuda=True,
+):
     """Return {"device": {category: bytes}, "host": {...}, "nvme": {...}, "moments": {moment: [category]}}.
 
     parameters: Parameters in the model's order. other_bytes: of buffers and quantisation scales, which no strategy shards; they
     count as frozen weights. config: the DeepSpeed JSON as engine/deepspeed_config.py resolves it, or None for one process or DDP,
     where the model is loaded in float32. optim: --optim; DeepSpeed's own AdamW takes its place where states leave the device.
-    accumulation: micro-batches of a step. device_has_cuda: without it the device is a CPU process, and torch's AdamW, its counters
-    and pinned memory behave otherwise.
+    accumulation: micro-batches of a step; reduces_once: as engine/reduction.py has it. device_has_cuda: without it the device is a
+    CPU process, and torch's AdamW, its counters and pinned memory behave otherwise.
 
     moments says which categories exist together: "backward" (and forward, from the second step on) beside the activations, and
     "step" while the optimizer works, without them. A device's peak is the larger sum of the two. What has the same size in both is
@@ -58,7 +70,8 @@ def states(parameters, other_bytes, *, num_processes, config, optim, mixed_preci
     if config is None:
         replicated(held, parameters, num_processes, optim, accumulation, device_has_cuda)
     else:
-        s = settings(config, num_processes, mixed_precision, accumulation, device_has_cuda)
+        # To the engine a step that is reduced once is a single micro-batch.
+        s = settings(config, num_processes, mixed_precision, 1 if reduces_once else accumulation, device_has_cuda)
         if s.stage == 3:
             sharded(held, parameters, s, optim)
         elif s.stage == 1 and mixed_precision == "bf16" and s.accumulated == FLOAT32 and s.offload_optimizer == "none":
@@ -66,7 +79,10 @@ def states(parameters, other_bytes, *, num_processes, config, optim, mixed_preci
         else:
             flattened(held, parameters, s, optim)
     held["device"][FROZEN] += other_bytes
-    temporary = {"backward": {STEP}, "step": {GATHERED, REDUCTION}}
+    if reduces_once:  # whole gradients on each rank, and their sums in float32 beside those of 16 bits
+        each = s.itemsize + (FLOAT32 if s.itemsize < FLOAT32 else 0)
+        held["device"][LOCAL] = each * sum(p.numel for group in optimizer_groups(parameters) for p in group)
+    temporary = {"backward": {STEP}, "step": {GATHERED, REDUCTION, LOCAL}}
     if config is not None and s.stage < 3:
         temporary["step"].add(BUCKETS)  # released at the end of a backward pass: zero/stage_1_and_2.py:1061
     moments = {moment: [c for c in CATEGORIES if c not in absent] for moment, absent in temporary.items()}

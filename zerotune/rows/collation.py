@@ -98,6 +98,7 @@ class TrainingSteps(torch.utils.data.Dataset):
             args.max_tokens_per_micro_batch,
         )
         self.num_processes, self.rank, self.offset, self.window = num_processes, rank, offset, args.length_window
+        self.names_rows = bool(args.cache_frozen)
         self.rows_per_step = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
 
     def rows_of(self, step):
@@ -113,18 +114,24 @@ class TrainingSteps(torch.utils.data.Dataset):
 
     def dealt(self, step):
         """Return this rank's row numbers in each micro-batch of a step."""
+        return [ranks[self.rank] for ranks in self.dealt_to_all(step)]
+
+    def dealt_to_all(self, step):
+        """Return every rank's row numbers in each micro-batch of a step: [micro_batch][rank]."""
         rows = self.rows_of(step)
         lengths = self.lengths[rows] if self.grouped else np.zeros(len(rows))
         if self.limit is None:
-            dealt = deal(rows, lengths, self.accumulation, self.num_processes)
-        else:
-            rows = rows[np.argsort(-lengths, kind="stable")]
-            costs = self.collator.padded_to(self.costs[rows])
-            dealt = deal_by_tokens(rows, costs, self.limit, self.num_processes, self.collator.packs)
-        return [ranks[self.rank] for ranks in dealt]
+            return deal(rows, lengths, self.accumulation, self.num_processes)
+        rows = rows[np.argsort(-lengths, kind="stable")]
+        costs = self.collator.padded_to(self.costs[rows])
+        return deal_by_tokens(rows, costs, self.limit, self.num_processes, self.collator.packs)
 
     def __getitem__(self, step):
-        batches = [self.collated(rows) for rows in self.dealt(step)]
+        batches = []
+        for ranks in self.dealt_to_all(step):
+            batches.append(self.collated(ranks[self.rank]))
+            if self.names_rows:  # of all ranks, which have to agree on what they read: model/prefix.py
+                batches[-1]["frozen_rows"] = ranks[self.rank], np.concatenate(ranks)
         self.data.release()
         return batches
 

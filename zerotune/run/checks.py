@@ -56,6 +56,14 @@ def check_savers(args):
         "quantised, such as head",
     )
     need(
+        args.frozen_eval or not args.cache_frozen,
+        "--cache_frozen: with dropout, what is frozen gives other outputs each time; give --frozen_eval as well",
+    )
+    need(
+        not args.cache_frozen or kind not in ("prefix", "prompt"),
+        f"--cache_frozen: --peft {kind} gives what is frozen inputs that learn; leave one out",
+    )
+    need(
         not args.double_quant or args.quantize in ("nf4", "fp4"),
         f"--double_quant: is for --quantize nf4 and fp4 (given: {args.quantize})",
     )

@@ -66,12 +66,14 @@ def load_metrics(names):
 @contextlib.contextmanager
 def evaluating(model):
     """Switch dropout off and gradients away for a while."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train()
+        for module, training in modes:
+            module.training = training
 
 
 class Evaluator:

@@ -31,6 +31,7 @@ def layout(args, strategy):
             "gradient_checkpointing",
             "loss_chunks",
             "packing",
+            "reduce",
         )
     }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
 
+from zerotune.engine.reduction import can_choose
 from zerotune.errors import RunError, UserError
 from zerotune.model import packing
 from zerotune.model.loading import hidden_size
@@ -113,6 +114,16 @@ class Fit:
         self.recut(choice)
         return {"given": given, "chosen": choice, "why": why}
 
+    def choose_reduction(self):
+        """Return "once" or "each" by --reduce and the plan, None where there is no choice; the same on every rank."""
+        args, config, choice = self.args, self.strategy.config, None
+        if not can_choose(args, config) or args.reduce != "auto":
+            return args.reduce if can_choose(args, config) else None
+        if self.accelerator.is_main_process:
+            forecast = self.planner.forecast(self.strategy.stem, self.machine, config=config)
+            choice = "once" if forecast.reduces_once and forecast.problem is None else "each"
+        return broadcast_object_list([choice])[0]
+
     def longest_batch(self, collator):
         """Return (the Shape, the micro-batch) that takes most of this run's memory, the same on every rank."""
         forecast = self.forecast() if self.accelerator.is_main_process else None
@@ -122,7 +133,7 @@ class Fit:
         steps = TrainingSteps(self.data, collator, self.args, self.accelerator.num_processes, shape.rank)
         return shape, steps[shape.step][shape.micro_batch] if shape.row is None else steps.collated([shape.row] * shape.rows)
 
-    def probe(self, model, optimizer, collator, forward_loss, say):
+    def probe(self, model, optimizer, collator, reduction, forward_loss, say):
         """Run the largest micro-batch of the run forward and backward, and leave nothing of it.
 
         Weights, optimizer and the engine's counters are as they were; losses of the run are those without a trial.
@@ -131,8 +142,9 @@ class Fit:
         shape, batch = self.longest_batch(collator)
         try:
             ballast = self.missing_states(optimizer)
-            for _ in range(min(2, most_micro_batches(self.args))):  # the second beside the gradients of the first
-                self.pass_over(batch, model, forward_loss)
+            with reduction.of_trial():
+                for _ in range(min(2, most_micro_batches(self.args))):  # the second beside the gradients of the first
+                    self.pass_over(batch, model, reduction, forward_loss)
             del ballast
             self.accelerator.wait_for_everyone()  # for a rank that could not, whose end is an error here
         except Exception as error:  # the rank that ran out of memory, or one that waited for it in vain
@@ -164,13 +176,12 @@ class Fit:
         size, _ = optimizer_states(self.args.optim, [p.shape for p in learn], 4, torch.cuda.is_available())
         return torch.empty(size, dtype=torch.uint8, device=self.accelerator.device)
 
-    def pass_over(self, batch, model, forward_loss):
+    def pass_over(self, batch, model, reduction, forward_loss):
         """Run a batch forward and backward."""
         accelerator = self.accelerator
-        accelerator.sync_gradients = False
-        with accelerator.no_sync(model):
+        with reduction.of_micro_batch(is_last=False):
             batch = send_to_device(dict(batch), accelerator.device)
-            labels, _ = batch.pop("labels"), batch.pop("sources", None)
+            labels, _, _ = batch.pop("labels"), batch.pop("sources", None), batch.pop("frozen_rows", None)
             loss, _ = forward_loss(model, batch, labels, chunked=self.args.loss_chunks > 0)
             accelerator.backward(loss, **({"scale_wrt_gas": False} if self.plugin else {}))
 

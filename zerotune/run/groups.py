@@ -119,6 +119,14 @@ class FreezingArguments:
         unit="rule",
     )
     unfreeze: list[str] = flag([], "Rules applied in order after --freeze.", MATHEMATICS, unit="rule")
+    frozen_eval: bool = flag(False, "No dropout in what is frozen as a whole.", MATHEMATICS)
+    cache_frozen: str | None = flag(
+        None,
+        "Folder for the outputs of a frozen encoder or frozen bottom blocks, computed once and read in later epochs and runs; "
+        "needs --frozen_eval.",
+        HARMLESS,
+        unit="dir",
+    )
     allow_unused: bool = flag(False, "Go on if a trainable parameter has had no gradient after the first step.", HARMLESS)
 
 
@@ -174,6 +182,12 @@ class LearningArguments:
         unit="tokens",
     )
     gradient_accumulation_steps: int = flag(1, "Forward/backward passes per optimizer step.", CONTENT, range=POSITIVE, unit="steps")
+    reduce: Literal["auto", "once", "each"] = flag(
+        "auto",
+        "ZeRO-2 and 3: exchange gradients once a step, for which each rank sums whole ones, or at each micro-batch; auto: once "
+        "where the plan has room.",
+        HARMLESS,
+    )
     auto_batch: bool = flag(
         False, "Cut the step anew, with the largest micro-batch that fits: as many rows a step, the same losses.", HARMLESS
     )

@@ -1,8 +1,8 @@
-"""Where the time of a step goes and what fills memory, for the last --profile_steps steps of a run.
+"""Where the time of a step goes, what fills memory and what is sent, for the last --profile_steps steps of a run.
 
 At each border between phases the device is waited for, so these steps are a little slower than the others. The very last one runs
 under torch's profiler, which tells how long communication or copies between host and device went on while nothing was computed, and
-how much memory the step took.
+how much memory the step took. In the step before them each collective's bytes are counted, which slows every operator.
 """
 
 import re
@@ -10,6 +10,7 @@ import time
 from collections import Counter
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zerotune.run.records import GIB
 
@@ -25,6 +26,7 @@ class Profile:
         self.first_step, self.last_step = first_step, last_step if first_step <= last_step else None
         self.model, self.optimizer = model, optimizer
         self.seconds, self.phase, self.trace, self.report = Counter(), None, None, None
+        self.traffic = Traffic()
         if self.last_step:
             self._announce(accelerator, "backward", "backward")
             self._announce(accelerator, "clip_grad_norm_", "optimizer")
@@ -44,7 +46,9 @@ class Profile:
     def step_begins(self, step):
         """step: the number of the step that comes, from 1."""
         self.phase = None
-        if self.last_step and self.first_step <= step < self.last_step:
+        if self.last_step and step == self.first_step - 1:
+            self.traffic.__enter__()
+        elif self.last_step and self.first_step <= step < self.last_step:
             self("data")
         elif step == self.last_step:
             self.before = memory_gib(self.model, self.optimizer)
@@ -73,6 +77,8 @@ class Profile:
         if self.phase is not None:
             self._switch()
             self.phase = None
+        if self.last_step and step == self.first_step - 1:
+            self.traffic.__exit__(None, None, None)
         if self.trace is None:
             return {}
         if torch.cuda.is_available():
@@ -89,7 +95,30 @@ class Profile:
             "before_step_gib": self.before,
             "step_peak_gib": peak,
             "memory_gib": self.report,
+            "collective_bytes": dict(self.traffic.bytes),
         }
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes of the tensors that this rank hands to each kind of collective, by NCCL's and gloo's name.
+
+    An all-gather counts by what it makes, all others by what they take: a tensor of n bytes for each. What a ring of N ranks sends
+    for it is (N - 1) / N of that, for an all-reduce twice as much.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "c10d":
+            name = function._schema.name.removeprefix("c10d::").strip("_").removesuffix("_base")
+            # The tensors come first; a base collective writes into the first of two.
+            given = list(tensors_in(arguments[:1])) or list(tensors_in(arguments[1:2]))
+            if name == "reduce_scatter":
+                given = list(tensors_in(arguments[1:2]))
+            self.bytes[name] += sum(tensor.numel() * tensor.element_size() for tensor in given)
+        return function(*arguments, **(options or {}))
 
 
 def exposed_seconds(events):

@@ -1,0 +1,185 @@
+"""What is frozen runs once a row: its outputs kept on disk give the losses of a run without them, and are whole or absent."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, flags_of, text, tiny_config
+
+from zerotune.errors import UserError
+from zerotune.model.freezing import apply_rules
+from zerotune.model.prefix import frozen_prefix, train_mode
+from zerotune.rows.batches import Stream, rows_of_step
+from zerotune.rows.prefix_states import PrefixStates
+from zerotune.run.arguments import Arguments, check_arguments
+
+EPOCHS = 3
+CELLS = {  # name: (family, strategy, what is frozen, flags)
+    "t5": ("t5", None, ["encoder"], {}),
+    "t5-ddp": ("t5", "ddp", ["encoder"], {"packing": True, "gradient_checkpointing": True, "loss_chunks": 2}),
+    "bart-zero2": ("bart", "zero2", ["encoder"], {"mixed_precision": "bf16"}),
+    "t5-zero3": ("t5", "zero3", ["encoder"], {"max_tokens_per_micro_batch": 100}),
+    "gpt2": ("gpt2", None, ["embeddings", "layers[:1]"], {"gradient_checkpointing": True}),
+    "llama-zero3": ("llama", "zero3", ["embeddings", "layers[:2]"], {"packing": True}),
+    "llama-lora-zero2": ("llama", "zero2", [], {"peft": "lora", "target_modules": ["layers.3.self_attn.q_proj"]}),
+    "bert": ("bert", None, ["embeddings", "layers[:1]"], {"text_column": "source"}),
+}
+TASKS = {"t5": "seq2seq", "bart": "seq2seq", "gpt2": "causal", "llama": "causal", "bert": "classification"}
+
+
+def options_of(cell, tiny, rows):
+    family, _, freeze, more = CELLS[cell]
+    return {
+        "model_name_or_path": tiny(family, 0.1), "task": TASKS[family], "train_file": rows,
+        "freeze": freeze or None, "frozen_eval": True,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": EPOCHS, "logging_steps": 1,
+        "learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_steps": 0,
+    } | more  # fmt: skip
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("cell", CELLS)
+def test_losses_of_a_run_without_it(cell, train, tiny, rows16, tmp_path):
+    """With dropout in what learns; the first epoch computes, the others read, and another run reads everything."""
+    _, strategy, _, more = CELLS[cell]
+    options = options_of(cell, tiny, rows16)
+    plain = train(strategy, name="plain", **options)
+    cached = train(strategy, name="cached", cache_frozen=tmp_path / "cache", **options)
+    again = train(strategy, name="again", cache_frozen=tmp_path / "cache", **options)
+    bound = 1e-5 if more.get("mixed_precision") != "bf16" else 2**-8
+    for run in (cached, again):
+        expected, found = ([record["loss"] for record in r.records("loss")] for r in (plain, run))
+        assert len(found) >= 2 * EPOCHS and found == pytest.approx(expected, rel=bound)
+    facts = [run.run["frozen_cache"] for run in (cached, again)]
+    assert facts[0]["folder"] == facts[1]["folder"] and facts[0]["rows_there"] == facts[0]["rows"] == 16
+    passes = [facts[number]["passes"] for number in (0, 1)]
+    assert passes[1] == {"read": sum(passes[0].values()), "computed": 0} and passes[0]["read"] > passes[0]["computed"] > 0
+    if "max_tokens_per_micro_batch" not in more:  # by which epochs are cut differently
+        assert passes[0]["read"] == (EPOCHS - 1) * passes[0]["computed"]
+    assert f"x {facts[0]['bytes_a_token']:,} bytes = " in cached.output
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("strategy", [None, "zero3"])
+def test_killed_and_gone_on_with(strategy, train, tiny, rows16, tmp_path):
+    """From the middle of the first epoch and of the second, with what the cache had been given by then: the same bits."""
+    options = options_of("t5", tiny, rows16) | {"save_steps": 1, "save_total_limit": 20}
+    straight = train(strategy, name="straight", cache_frozen=tmp_path / "cache", **options)
+    last = straight.records("loss")[-1]["step"]
+    (folder,) = (tmp_path / "cache").iterdir()
+    for step, known in ((1, 1), (1, 2), (last // 2, last)):
+        cut, half = tmp_path / f"cut{step}-{known}", tmp_path / f"cache{step}-{known}"
+        shutil.copytree(straight.folder, cut)
+        for later in range(step + 1, last + 1):
+            shutil.rmtree(cut / f"checkpoint-{later}")
+        shutil.rmtree(cut / "final")
+        shutil.copytree(tmp_path / "cache", half)
+        done = np.zeros(16, dtype=np.uint8)  # rows that are not marked are as good as not written
+        done[rows_of_step(0, Stream(42, [16]), 4 * (1 if strategy is None else 2), known)] = 1
+        (half / folder.name / "done.bin").write_bytes(done.tobytes())
+        resumed = train(strategy, name=f"from{step}-{known}", **options | {"output_dir": cut, "cache_frozen": half})
+        assert resumed.run["resumed_from"].endswith(f"checkpoint-{step}")
+        assert all(torch.equal(weight, resumed.weights()[name]) for name, weight in straight.weights().items()), known
+
+
+@pytest.mark.launch
+def test_a_kill_leaves_whole_rows(train, tiny, tmp_path):
+    """SIGKILL in the first epoch: what is marked in the cache are the states that the straight run has, and it is gone on with."""
+    rows = [{"source": text(n, 1 + n % 40), "target": text(n + 3, 1 + n % 7)} for n in range(300)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = options_of("t5", tiny, tmp_path / "rows.jsonl")
+    options |= {"num_train_epochs": 2, "save_steps": 10, "logging_steps": 10, "end_report": "false"}
+    folder = tmp_path / "run"
+    flags = flags_of(options | {"output_dir": folder, "cache_frozen": tmp_path / "killed"})
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    run = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, **quiet)
+    try:
+        while not (folder / "checkpoint-30").exists():
+            assert run.poll() is None
+            time.sleep(0.002)
+    finally:
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    (killed,) = (tmp_path / "killed").iterdir()
+    done = np.frombuffer((killed / "done.bin").read_bytes(), dtype=np.uint8)
+    assert 30 * 4 <= done.sum() < 300
+
+    straight = train(None, name="straight", cache_frozen=tmp_path / "cache", **options)
+    (whole,) = (tmp_path / "cache").iterdir()
+    contents = [np.frombuffer((path / "states.bin").read_bytes(), dtype=np.float32).reshape(-1, 32) for path in (killed, whole)]
+    lengths = [1 + len(row["source"].split()) for row in rows]
+    there = np.repeat(done == 1, lengths)
+    assert np.array_equal(contents[0][there], contents[1][there]) and contents[0][there].any(axis=1).all()
+    resumed = train(None, name="run", cache_frozen=tmp_path / "killed", **options)
+    assert resumed.run["resumed_from"] and resumed.run["frozen_cache"]["rows_there"] == 300
+    assert all(torch.equal(weight, resumed.weights()[name]) for name, weight in straight.weights().items())
+
+
+def test_rows_are_whole_or_absent(tmp_path):
+    """What was written and not made to last is not there for the next one; a file that was cut is no cache."""
+    lengths, generator = [3, 1, 4, 2], torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        states, wanted = PrefixStates(folder, lengths, 5, dtype), torch.randn(10, 5, generator=generator).to(dtype)
+        states.make({"a": 1})
+        states.refresh()
+        assert not states.there.any() and states.num_bytes == 50 * wanted.element_size()
+        states.write([2, 0], wanted[[4, 5, 6, 7, 0, 1, 2]])
+        other = PrefixStates(folder, lengths, 5, dtype)
+        other.make({"a": 1})
+        other.refresh()
+        assert not other.there.any(), "not flushed"
+        states.flush()
+        other.refresh()
+        assert other.there.tolist() == [True, False, True, False]
+        other.write([0, 1, 3], torch.cat([wanted[:3] + 1, wanted[3:4], wanted[8:]]))
+        other.flush()
+        states.refresh()
+        assert states.whole and torch.equal(states.read([0, 1, 2, 3]), wanted), "a row that was there is not written again"
+        assert torch.equal(states.read([3, 0]), wanted[[8, 9, 0, 1, 2]])
+    os.truncate(folder / "states.bin", 30)
+    with pytest.raises(UserError, match="states.bin: 30 bytes, not 100: no cache of these rows; remove its folder"):
+        PrefixStates(folder, lengths, 5, torch.bfloat16).make({})
+    with pytest.raises(UserError, match="GiB are needed, and .* GiB are free; give a folder on another disk"):
+        PrefixStates(tmp_path / "large", np.full(10**6, 10**6), 4096, torch.float32).make({})
+    assert not (tmp_path / "large" / "states.bin").exists()
+
+
+def test_what_is_frozen_has_no_dropout():
+    model_class, config = tiny_config("gpt2", 0.1)
+    model = model_class(config)
+    apply_rules(model, ["embeddings", "layers[:1]"], [])
+    train_mode(model, frozen_eval=True)
+    on = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.training}
+    assert on and all(name.startswith("transformer.h.1.") for name in on), on
+    train_mode(model, frozen_eval=False)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "family, freeze, words",
+    [
+        ("t5", ["encoder.layers[:1]"], "tensors of the encoder learn, such as .*; freeze all of it"),
+        ("llama", ["layers[:2]"], "the embeddings learn, from which all else follows"),
+        ("llama", ["embeddings"], "the first block learns; freeze blocks from below"),
+    ],
+)
+def test_no_frozen_prefix(family, freeze, words):
+    model_class, config = tiny_config(family, 0.0)
+    model = model_class(config)
+    apply_rules(model, freeze, [])
+    with pytest.raises(UserError, match=words):
+        frozen_prefix(model)
+
+
+def test_flags_that_cannot_be():
+    problems = check_arguments(Arguments(cache_frozen="x", peft="prompt"), required=())
+    assert any("with dropout, what is frozen gives other outputs each time; give --frozen_eval" in p for p in problems)
+    assert any("--peft prompt gives what is frozen inputs that learn" in p for p in problems)
