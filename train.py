@@ -39,6 +39,7 @@ from zerotune.engine.determinism import seed_pass, set_deterministic, set_tf32
 from zerotune.engine.ending import exit_with, finish, restore_default_signals
 from zerotune.engine.frozen import frozen_checksum
 from zerotune.engine.optimizer import build_optimizer
+from zerotune.engine.processes import unwrap
 from zerotune.engine.reduction import Reduction
 from zerotune.engine.schedule import Schedule
 from zerotune.engine.strategy import launched_strategy
@@ -47,14 +48,16 @@ from zerotune.model import adapters, loading
 from zerotune.model.activations import enable_gradient_checkpointing
 from zerotune.model.attention import lines_of_packed
 from zerotune.model.freezing import apply_rules
+from zerotune.model.frozen_dtype import narrow_frozen
 from zerotune.model.loss import chunk_loss, count_targets, token_losses
 from zerotune.model.packing import check_packable, pack_forward
+from zerotune.model.phases import Phases
 from zerotune.model.prefix import train_mode
 from zerotune.model.quantization import quantization_config
 from zerotune.rows.batches import most_micro_batches
 from zerotune.rows.collation import Collator, TrainingSteps
 from zerotune.rows.data import Data, describe, marked
-from zerotune.run import checkpoint, records
+from zerotune.run import borders, checkpoint, records
 from zerotune.run.autopsy import explained
 from zerotune.run.best import Best, Calendar
 from zerotune.run.evaluation import Evaluator, metrics_before_training
@@ -82,6 +85,7 @@ def main(args):
 def setup(args):
     """Find every mistake that can be seen without a model, and start the processes' engine."""
     strategy = launched_strategy(args)
+    processes.meet_again()
     checkpoint.check_request(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     records.check_tracker(args.report_to)
     config, tokenizer = loading.load_config_and_tokenizer(args)
@@ -169,7 +173,9 @@ def load_model(run):
     quantization = quantization_config(args, run.config.model_type, run.precision, run.strategy.zero_stage)
     model, new_weights = loading.load_model(args, run.config, run.tokenizer, run.data.labels, dtype, quantization)
     run.num_partitioned = loading.count_partitioned(model)
-    model, run.freeze_report = make_trainable(model, args, run.tokenizer, dtype, run.schedule.max_steps)
+    run.begin = run.manifest["step"] if run.found else 0
+    model, run.freeze_report = make_trainable(model, args, run.tokenizer, dtype, run.schedule.max_steps, run.begin)
+    run.phases = run.freeze_report.phases
     console.say("\n".join(f"freezing: {line}" for line in run.freeze_report.lines()))
     for line in loading.about_new_weights(model, new_weights):
         console.say(line)
@@ -180,6 +186,7 @@ def load_model(run):
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,
         on_host=run.strategy.optimizer_on_host,
+        births=run.phases and run.phases.births(run.begin),
     )
     run.cache = FrozenCache(args, model)
     if args.peft == "adalora":
@@ -195,15 +202,22 @@ def load_model(run):
         run.fit.try_packing(run.model, run.collator, forward_loss, run.precision)
 
 
-def make_trainable(model, args, tokenizer, dtype, max_steps):
-    """Decide what of a model learns and what its passes keep; return (the model, a report). The planner calls it as well."""
+def make_trainable(model, args, tokenizer, dtype, max_steps, step=None):
+    """Decide what of a model learns and what its passes keep; return (the model, a report). The planner calls it as well.
+
+    step: how many are done, by which --freeze_schedule decides; None: where most learns.
+    """
     if args.peft:
         model, report = adapters.add_adapter(model, args, tokenizer, dtype, max_steps)
+    elif args.freeze_schedule:
+        report = Phases(args.freeze_schedule, model, max_steps, args.seed).begin(model, step)
     else:
         report = apply_rules(model, args.freeze, args.unfreeze)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     base = model.get_base_model() if args.peft else model
+    if dtype == torch.float32 and args.frozen_dtype == "auto":
+        narrow_frozen(base, args)
     if args.loss_chunks:
         chunk_loss(base, args.loss_chunks)
     if args.packing:
@@ -216,24 +230,15 @@ def resume(run):
     args, accelerator, model = run.args, run.accelerator, run.model
     if accelerator.is_main_process:
         checkpoint.open_folder(args.output_dir, anew=run.found is None and args.overwrite_output_dir)
-    frozen, facts = frozen_checksum(accelerator, model, run.precision), records.environment_facts()
-    step = checkpoint.load(accelerator, model, run.optimizer, run.found, run.manifest, frozen) if run.found else 0
+    never, facts = run.freeze_report.never_learning(unwrap(model)), records.environment_facts()
+    frozen = frozen_checksum(accelerator, model, run.precision, never)
+    if run.found:
+        checkpoint.load(accelerator, model, run.optimizer, run.found, run.manifest, frozen, run.phases)
     run.cache.open(run, forward_loss)
     engine = processes.engine_facts(accelerator, run.strategy, model, run.optimizer)
     engine |= {"parameters_partitioned_at_load": run.num_partitioned, "gradients_reduced": run.reduction.words}
     if accelerator.is_main_process:
-        content = {
-            "arguments": vars(args),
-            "engine": engine,
-            "deepspeed_config": run.plugin and run.plugin.deepspeed_config,
-            "resumed_from": run.found,
-            "legs": records.legs(args.output_dir, step, run.layout, run.changes),
-            "host_memory_before_model_gib": run.host_memory_before_model,
-            "data": run.data_report,
-            "auto_batch": run.auto_batch,
-            "labels": run.data.labels,
-        }
-        records.write_run(args.output_dir, content | run.schedule.facts() | run.freeze_report.facts() | facts)
+        records.write_run(args.output_dir, records.facts_of(run, engine) | facts)
     if args.report_to != "none":
         accelerator.init_trackers("zerotune", config={name: str(value) for name, value in vars(args).items()})
     run.console.say("engine: " + ", ".join(f"{key} {value}" for key, value in engine.items()))
@@ -246,7 +251,7 @@ def resume(run):
         "arguments": vars(args),
         "given_cut": run.given_cut,
     }
-    return step
+    return run.begin
 
 
 def forward_loss(model, batch, labels, chunked=False):
@@ -279,6 +284,7 @@ def accompany(run, start):
     run.stopper = stopping.Stopper()
     given = accelerator, model, run.data, run.collator, run.tokenizer, args, forward_loss, run.metrics
     run.evaluator = Evaluator(*given, run.monitor, run.stopper, run.best)
+    run.saver.settled = run.phases.settled(start) if run.phases else ()
     run.saver.states = {"best": run.best.state, "guard": run.guard.state}
     run.saver.last_step = start if run.found else None
 
@@ -343,9 +349,12 @@ def pause(run, step):
             run.evaluator.evaluate("validation", step)
     stop = run.stopper.agreed(run.saver.time_is_up())
     run.saver.tell()
-    if (stop or run.stopper.wished or run.calendar.saves(step)) and run.saver.last_step != step:
+    border = borders.is_border(run, step)
+    if (stop or run.stopper.wished or border or run.calendar.saves(step)) and run.saver.last_step != step:
         run.cache.keep()  # first: a run that goes on from this step counts on the rows before it
         run.saver.save(step)
+    if border and not stop and not run.best.used_up:
+        borders.go_over(run, step)
     return stop or run.best.used_up
 
 

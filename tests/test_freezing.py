@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_config
+from safetensors.torch import load_file
 
 from zerotune.errors import UserError
 from zerotune.model.freezing import GradientWatch, apply_rules, names_of
@@ -127,3 +128,34 @@ def test_frozen_tensors_stay_bit_identical(train, tiny, rows16, family, task, st
             assert torch.equal(before[name], after[name]) == (name not in learns), name
     assert result.run["parameters"] == {"total": report.num_total, "trainable": report.num_trainable}
     assert [rule["rule"] for rule in result.run["freezing"]] == freeze + unfreeze
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("family, strategy, more", [("llama", None, {"peft": "lora", "merge_adapter": True}), ("t5", "ddp", {})])
+def test_frozen_weights_of_16_bits_stay_so(train, tiny, rows16, tmp_path, family, strategy, more):
+    """Of a model that is stored in bf16: half the bytes of what linear layers hold, the same bits of every loss, and of final/."""
+    import transformers
+
+    auto = transformers.AutoModelForCausalLM if family == "llama" else transformers.AutoModelForSeq2SeqLM
+    model = auto.from_pretrained(tiny(family), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    learns = {} if more else {"freeze": ["encoder", "decoder"], "unfreeze": ["decoder.layers[-1]"]}
+    options = {
+        "model_name_or_path": tmp_path / "model", "tokenizer_name": tiny(family), "train_file": rows16, "validation_file": rows16,
+        "task": "causal" if family == "llama" else "seq2seq", "mixed_precision": "bf16", "max_steps": 4, "logging_steps": 1,
+        "learning_rate": 1e-2, "profile_steps": 1, "save_steps": 2, "eval_steps": 4,
+    } | learns | more  # fmt: skip
+    wide = train(strategy, name="wide", frozen_dtype="float32", **options)
+    narrow = train(strategy, name="narrow", **options)
+    for key in ("loss", "eval_loss"):
+        records = [[record[key] for record in run.records(key)] for run in (wide, narrow)]
+        assert records[0] == records[1] and records[0]
+    folder = "merged" if more else "final"
+    states = [load_file(run.folder / folder / "model.safetensors") for run in (wide, narrow)]
+    assert all(t.dtype == states[1][name].dtype and torch.equal(t, states[1][name]) for name, t in states[0].items())
+    linear = sum(p.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters())
+    linear -= model.lm_head.weight.numel() if family == "t5" else 0  # tied to the embedding
+    learning = 0 if more else narrow.run["parameters"]["trainable"]
+    held = [run.records("memory_gib")[0]["memory_gib"]["host"]["weights"] * 2**30 for run in (wide, narrow)]
+    assert held[0] - held[1] == pytest.approx(2 * (linear - learning), rel=0.05)
+    assert "frozen tensors of linear layers stay in torch.bfloat16" in narrow.output and "stay in" not in wide.output

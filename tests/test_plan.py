@@ -46,7 +46,7 @@ def test_the_largest_shape_is_the_largest_that_training_makes(by_length, decoder
     found = largest_shapes(costs, Stream(3, [37]), max_steps=steps, by_length=by_length, window=window, **cut)
     args = SimpleNamespace(
         seed=3, gradient_accumulation_steps=accumulation, group_by_length=by_length, per_device_train_batch_size=rows,
-        length_window=window, max_tokens_per_micro_batch=None,
+        length_window=window, max_tokens_per_micro_batch=None, cache_frozen=None,
     )  # fmt: skip
     data = SimpleNamespace(rows={"train": range(37)}, costs={"train": costs}, lengths={"train": sources + targets})
     data.stream, data.names = lambda seed: Stream(seed, [37]), lambda split: []

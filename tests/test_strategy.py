@@ -127,6 +127,7 @@ def change(stem, place, value):
             'zero_optimization.offload_optimizer is "cpu"; it must be an object',
         ),
         ("zero2", "zero_optimization.compute_grad_norm", False, "compute_grad_norm may not be set"),
+        ("zero3", "compile", {"deepcompile": True}, "compile.deepcompile does nothing without engine.compile()"),
         ("zero2", "fp16.enabled", True, "fp16.enabled is true, but --mixed_precision is bf16"),
         ("zero2", "zero_optimization.overlap_comm", "auto", 'no rule resolves "auto" at zero_optimization.overlap_comm'),
         ("zero3", "zero_optimization.stage3_gather_16bit_weights_on_model_save", False, "or final/ cannot be written"),

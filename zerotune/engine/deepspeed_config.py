@@ -119,8 +119,15 @@ def check_zero(config, name):
     if not isinstance(zero, dict):
         return [f"{name}: zero_optimization is missing; copy one of ds_configs/*.json"]
     problems, stage = [], zero.get("stage")
+    if section(config, "compile").get("deepcompile"):
+        problems.append(
+            f"{name}: compile.deepcompile does nothing without engine.compile(), which train.py does not call; remove it"
+        )
     if stage not in (1, 2, 3):
-        return [f"{name}: zero_optimization.stage is {stage!r}; allowed: 1, 2, 3 (without ZeRO: accelerate_configs/ddp.yaml)"]
+        return [
+            *problems,
+            f"{name}: zero_optimization.stage is {stage!r}; allowed: 1, 2, 3 (without ZeRO: accelerate_configs/ddp.yaml)",
+        ]
     if stage < 3:
         if "offload_param" in zero:
             problems.append(
@@ -373,6 +380,11 @@ def flag_problems(config, name, args):
         problems.append(
             f"{given}: DeepSpeed 0.19.8 does not restore what lies on NVMe, so a resumed run would go on from other weights; pass "
             "--save_strategy no (final/ is still written at the end), or use zero3_offload"
+        )
+    if uses_nvme(config) and args.freeze_schedule:
+        problems.append(
+            "--freeze_schedule: goes over its borders by checkpoints, and DeepSpeed 0.19.8 does not restore what lies on NVMe; use "
+            "zero3_offload"
         )
     if args.max_loss_spike and section(config, "bf16").get("check_grad_overflow") is False:
         problems.append(

@@ -1,5 +1,6 @@
 """How a process ends: its exit code, the lines of a mistake, and the signals that end it. Imports no library that takes time."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STARTED_AGAIN = "ZEROTUNE_STARTED_AGAIN"  # how often this process has taken another's place
 EXIT_CODE_FILE = "ZEROTUNE_EXIT_CODE_FILE"  # scripts/launch.sh reads the code there: the launcher itself always ends with 1
 
 
@@ -32,6 +34,22 @@ def finish(code):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def start_again(words=(), environment=None):
+    """Take this process's place with a new one of the same command line, `words` added to it; on every rank.
+
+    The process keeps its number, by which the launcher knows it; a count of restarts keeps the new ranks' meeting apart from the
+    old (processes.meet_again).
+    """
+    os.environ |= {**(environment or {}), STARTED_AGAIN: str(int(os.environ.get(STARTED_AGAIN, "0")) + 1)}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2:
+            with contextlib.suppress(OSError):  # the list's own is gone by now
+                os.set_inheritable(number, False)  # the others learn of the end by their lost connections
+    os.execv(sys.executable, [sys.executable, *sys.argv, *words])
 
 
 def exit_with(error):

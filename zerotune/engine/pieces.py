@@ -102,8 +102,9 @@ def set_states(optimizer, states):
             groups.append({name: value for name, value in group.items() if name != "params"} | {"params": members})
         content = {numbers[owner]: as_kept(base, values) for owner, values in states.items()}
         base.load_state_dict({"state": content, "param_groups": groups})
-    steps = [int(values["step"]) for values in states.values() if "step" in values]
-    replay_bias_correction(base, max(steps, default=0))
+        owners = [owner for group in base.param_groups for owner in group["params"]]
+    steps = [states[id(owner)].get("step", 0) for owner in owners if id(owner) in states]
+    replay_bias_correction(base, [int(step) for step in steps])
 
 
 def as_kept(base, values):

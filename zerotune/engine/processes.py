@@ -3,17 +3,40 @@
 import contextlib
 import functools
 import os
+import socket
 from datetime import timedelta
 
 import torch
 from accelerate.utils import gather_object
 
 from zerotune.engine.deepspeed_config import section
+from zerotune.engine.ending import STARTED_AGAIN
 from zerotune.errors import UserError
 
+AGENT_PORT = "ZEROTUNE_AGENT_PORT"  # of the launcher's store
 # One process tokenises while the others wait; the libraries' 10 and 30 minutes would end a run on a large file. What ends a rank
 # that stalls in training is the watchdog (stopping.py).
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
+
+
+def meet_again():
+    """Where ranks have taken others' places (ending.start_again), have them meet at a store of their own.
+
+    The launcher's store, at which torchrun's ranks meet, still has the addresses of the processes that they replaced (torch 2.13,
+    distributed/rendezvous.py, knows no prefix for a restart that it has not made itself). It tells the port of the new one.
+    """
+    count, own_store = os.environ.get(STARTED_AGAIN), "TORCHELASTIC_USE_AGENT_STORE"
+    if not count or (os.environ.get(own_store) != "True" and AGENT_PORT not in os.environ):
+        return
+    os.environ.setdefault(AGENT_PORT, os.environ["MASTER_PORT"])
+    address, rank = os.environ["MASTER_ADDR"], int(os.environ["RANK"])
+    agent = torch.distributed.TCPStore(address, int(os.environ[AGENT_PORT]), is_master=False, timeout=COLLECTIVE_TIMEOUT)
+    key = f"zerotune/started_again/{count}"
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            agent.set(key, str(free.getsockname()[1]))
+    os.environ |= {"MASTER_PORT": agent.get(key).decode(), own_store: "False"}
 
 
 def check_processes(accelerator):

@@ -48,6 +48,7 @@ class FreezeReport:
     tied: list  # of lists of names that are one tensor, the first being the name it goes by
     num_trainable: int
     num_total: int
+    phases: object = None  # of --freeze_schedule
 
     def facts(self):
         """Return what run.json holds of it."""
@@ -56,6 +57,13 @@ class FreezeReport:
             "freezing": [vars(rule) for rule in self.rules],
             "tied": self.tied,
         }
+
+    def never_learning(self, model):
+        """Return the parameters that learn in no phase of a schedule; None without one: those that do not learn."""
+        if self.phases is None:
+            return None
+        never = self.phases.never()
+        return [parameter for name, parameter in model.named_parameters() if never(name)]
 
     def lines(self):
         """Return the table as lines of text for the log."""

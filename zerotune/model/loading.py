@@ -139,6 +139,7 @@ def load_model(args, config, tokenizer, labels, dtype, quantization=None):
                 f"--model_name_or_path {args.model_name_or_path}: {mismatch}; ZeRO-3 cannot replace weights of another size on "
                 "loading: use zero2, or a checkpoint without them"
             ) from None
+    model.checkpoint_dtype = config.dtype
     if quantization is not None:
         model = prepare_quantized(model)
     if args.liger:
@@ -238,8 +239,10 @@ def vocabulary_size(config, tokenizer, trainable_tokens):
 
 
 def about_new_weights(model, new_weights):
-    """Return lines for the log: which weights the checkpoint did not have, and a warning of those that will not learn."""
+    """Return lines for the log: which weights the checkpoint did not have, a warning of those that will not learn, narrow ones."""
     lines = []
+    if narrowed := getattr(model, "num_narrowed", 0):
+        lines.append(f"model: {narrowed} frozen tensors of linear layers stay in {model.checkpoint_dtype}, in which they are used")
     if new_weights:
         lines.append(f"model: weights that the checkpoint does not have start new: {', '.join(new_weights)}")
     frozen = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if not p.requires_grad}

@@ -22,7 +22,7 @@ def empty_model(config, task, dtype, quantization=None, num_labels=None):
 
     quantization: transformers' configuration of it, or None. UserError for int8, whose layers only get their form from values.
     """
-    config = copy.deepcopy(config)
+    config, stored_in = copy.deepcopy(config), config.dtype
     if config._attn_implementation in VARIABLE_LENGTH:  # they keep what sdpa keeps, and cannot run without their GPU
         config._attn_implementation = "sdpa"
     if num_labels is not None:
@@ -30,6 +30,7 @@ def empty_model(config, task, dtype, quantization=None, num_labels=None):
     with unsharded(), torch.device("meta"), initialization.no_init_weights():
         model = AUTO_CLASSES[task].from_config(config, dtype=dtype)
     model.tie_weights()
+    model.checkpoint_dtype = stored_in
     return model if quantization is None else quantized(model, quantization)
 
 

@@ -38,8 +38,8 @@ def arguments_or_exit():
 
 # Flags that decide which parameters and optimizer states there are: a checkpoint has nothing to go on from with another value.
 FIXED = (
-    "task freeze unfreeze peft lora_r lora_alpha target_modules modules_to_save num_virtual_tokens trainable_tokens quantize "
-    "double_quant optim"
+    "task freeze unfreeze freeze_schedule peft lora_r lora_alpha target_modules modules_to_save num_virtual_tokens "
+    "trainable_tokens quantize double_quant optim"
 ).split()
 LED_TO_BY = {  # what is compared on resume and is no flag's value: the flags that lead to it
     "training rows": ["train_file", "dataset_name", "chat_template", "max_train_rows", *names_deciding(DataArguments, ROWS)],

@@ -109,15 +109,20 @@ def set_aside(folder):
     raise UserError(f"{folder}: damaged, and there are 1000 damaged ones beside it; remove them")
 
 
-def load(accelerator, model, optimizer, folder, content, frozen):
-    """Restore weights, optimizer and loss scale from a verified checkpoint of any layout; return its step; a collective."""
+def load(accelerator, model, optimizer, folder, content, frozen, phases=None):
+    """Restore weights, optimizer and loss scale from a verified checkpoint of any layout; return its step; a collective.
+
+    phases: of --freeze_schedule; at a border the checkpoint is of the phase before.
+    """
     saved = content["frozen_weights"]
     # Rounded to another precision, whose change was accepted, they cannot be compared.
     if saved and frozen and saved != frozen and saved.split()[0] == frozen.split()[0]:
         raise UserError(
             f"{folder}: it belongs to other frozen weights than --model_name_or_path has; give the model it was made with"
         )
-    state_files.load(accelerator, model, optimizer, folder)
+    step = content["step"]
+    new = {name for name, birth in phases.births(step).items() if birth == step} if phases else set()
+    state_files.load(accelerator, model, optimizer, folder, new, phases.settled(step) if phases else set())
     set_scaler_state(accelerator, optimizer, content["scaler"])
     if accelerator.state.deepspeed_plugin is not None:
         model.global_steps, model.skipped_steps = content["step"], content["overflowed_steps"]

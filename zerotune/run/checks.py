@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from zerotune.errors import UserError, nearest
+from zerotune.model.freeze_schedule import read_schedule
 from zerotune.rows.sources import sources_of
 from zerotune.run.best import known_metrics, metric_key, names_of_sources, writes_checkpoints
 
@@ -55,6 +56,18 @@ def check_savers(args):
         "--quantize: quantised weights cannot learn; give an adapter as well, such as --peft lora, or --unfreeze what is not "
         "quantised, such as head",
     )
+    if args.freeze_schedule:
+        try:
+            read_schedule(args.freeze_schedule)
+        except UserError as error:
+            problems += error.problems
+        for name in ("freeze", "unfreeze", "peft", "quantize", "cache_frozen"):
+            need(not getattr(args, name), f"--freeze_schedule and --{name} are both given; give one")
+        need(
+            args.optim.startswith("adamw_torch"),
+            f"--freeze_schedule: --optim {args.optim} keeps states in blocks that another set of parameters does not have; use "
+            "--optim adamw_torch_fused",
+        )
     need(
         args.frozen_eval or not args.cache_frozen,
         "--cache_frozen: with dropout, what is frozen gives other outputs each time; give --frozen_eval as well",

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from zerotune.engine.processes import unwrap
 from zerotune.errors import RunError, UserError
 from zerotune.model.adapters import adapter_state, merge, save_adapter
+from zerotune.model.frozen_dtype import widened
 from zerotune.model.loading import AUTO_CLASSES
 from zerotune.run.autopsy import is_out_of_memory
 
@@ -63,6 +64,7 @@ def write(model, state, tokenizer, final, args):
         if args.peft:
             save_adapter(model, temporary, state)
         else:
+            state = widened(model, state)
             # state_dict names a tied weight several times; written once, it is tied again on loading.
             model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
         tokenizer.save_pretrained(temporary)

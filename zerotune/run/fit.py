@@ -3,7 +3,6 @@
 Planned on the main process and told to the others; tried on all of them with the same rows.
 """
 
-import contextlib
 import gc
 import json
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
 
+from zerotune.engine.ending import start_again
 from zerotune.engine.reduction import can_choose
 from zerotune.errors import RunError, UserError
 from zerotune.model import packing
@@ -188,8 +188,7 @@ class Fit:
     def start_smaller(self, error):
         """Take this process's place with a new one that tries a smaller micro-batch; for every rank, with --auto_batch.
 
-        An engine that ran out of memory in the middle of a pass is in no state to go on from. The process keeps its number, by
-        which the launcher knows it; a count of restarts keeps the new ranks' meeting apart from the old.
+        An engine that ran out of memory in the middle of a pass is in no state to go on from.
         """
         smallest = next(iter(cuts(self.args, self.planner.longest_row)[0].items()))
         size = self.args.max_tokens_per_micro_batch or self.args.per_device_train_batch_size
@@ -199,13 +198,7 @@ class Fit:
                 f"--auto_batch: a micro-batch of {size} {unit} does not fit ({error}); python -m zerotune plan says what would"
             )
         print(f"auto_batch: rank {self.accelerator.process_index}: micro-batches of {size} do not fit, starting again", flush=True)
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1
-        os.environ |= {LIMIT: str(size), "TORCHELASTIC_RESTART_COUNT": str(restarts)}
-        for number in map(int, os.listdir("/proc/self/fd")):
-            if number > 2:
-                with contextlib.suppress(OSError):  # the list's own is gone by now
-                    os.set_inheritable(number, False)  # the others learn of the end by their lost connections
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        start_again(environment={LIMIT: str(size)})
 
     def report(self, model, optimizer, host_before_model_gib, say):
         """Say what was planned beside what was measured, and write both into run.json; a collective."""

@@ -119,6 +119,11 @@ class FreezingArguments:
         unit="rule",
     )
     unfreeze: list[str] = flag([], "Rules applied in order after --freeze.", MATHEMATICS, unit="rule")
+    frozen_dtype: Literal["auto", "float32"] = flag(
+        "auto",
+        "Outside DeepSpeed: frozen weights of linear layers that are stored in the training precision stay in it; the same losses.",
+        HARMLESS,
+    )
     frozen_eval: bool = flag(False, "No dropout in what is frozen as a whole.", MATHEMATICS)
     cache_frozen: str | None = flag(
         None,
@@ -126,6 +131,13 @@ class FreezingArguments:
         "needs --frozen_eval.",
         HARMLESS,
         unit="dir",
+    )
+    freeze_schedule: str | None = flag(
+        None,
+        "What learns by the step, in place of rules: '0: layers[-1]; 500: layers[-2:]; 50%: all', gradual(500), "
+        "lisa(2, every=50) or badam(every=100).",
+        MATHEMATICS,
+        unit="schedule",
     )
     allow_unused: bool = flag(False, "Go on if a trainable parameter has had no gradient after the first step.", HARMLESS)
 

@@ -66,6 +66,23 @@ def environment_facts():
     return {"versions": versions, "git_commit": commit or None, "command_line": redact(sys.argv), "device": device}
 
 
+def facts_of(run, engine):
+    """Return what run.json holds of train.py's run before its first step, as a dict."""
+    args = run.args
+    content = {
+        "arguments": vars(args),
+        "engine": engine,
+        "deepspeed_config": run.plugin and run.plugin.deepspeed_config,
+        "resumed_from": run.found,
+        "legs": legs(args.output_dir, run.begin, run.layout, run.changes),
+        "host_memory_before_model_gib": run.host_memory_before_model,
+        "data": run.data_report,
+        "auto_batch": run.auto_batch,
+        "labels": run.data.labels,
+    }
+    return content | run.schedule.facts() | run.freeze_report.facts()
+
+
 def write_run(output_dir, content):
     """Write run.json, the description of a run, before its first step; UserError if that cannot be done."""
     with writable(output_dir):

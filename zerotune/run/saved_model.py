@@ -37,14 +37,14 @@ def model_of(folder, content, flags, make_trainable):
     quantization = quantization_config(flags, config.model_type, precision, 0)
     model, _ = loading.load_model(flags, config, tokenizer, content["fingerprint"]["labels"], dtype, quantization)
     max_steps = content["fingerprint"].get("steps of the schedule", 1)
-    model, _ = make_trainable(model, flags, tokenizer, dtype, max_steps)
+    model, report = make_trainable(model, flags, tokenizer, dtype, max_steps)
     alone = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=True)
-    if content["frozen_weights"] not in (None, frozen_checksum(alone, model, precision)):
+    if content["frozen_weights"] not in (None, frozen_checksum(alone, model, precision, report.never_learning(model))):
         raise UserError(f"{folder}: its frozen weights are others than {flags.model_name_or_path} has; give --model_name_or_path")
     saved = SavedState(folder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if name in saved.shapes:
                 learned = torch.empty(parameter.numel())
                 saved.fill(learned, WEIGHT, name)
                 parameter.copy_(learned.view(parameter.shape))

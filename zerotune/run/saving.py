@@ -36,6 +36,7 @@ class Saver:
         self.accelerator, self.model, self.optimizer, self.args = accelerator, model, optimizer, args
         self.facts, self.counts, self.monitor = facts, counts, monitor
         self.states = {}  # {entry of the manifest: function that gives it}: what the run decides by, as it is at a save
+        self.settled = ()  # names of what has learned in earlier phases
         self.last_step = None  # of the newest save
         self.last_time, self.cost = time.monotonic(), 0.0  # seconds for which the training stood still for the newest save
         self.automatic = args.save_steps == "auto"
@@ -58,7 +59,7 @@ class Saver:
             monitor.write({"step": step, "save_failed": "states on NVMe are not saved: DeepSpeed does not restore them"})
             return
         with monitor.paused():
-            tensors, metadata = state_files.tensors_to_save(accelerator, self.model, self.optimizer)
+            tensors, metadata = state_files.tensors_to_save(accelerator, self.model, self.optimizer, self.settled)
             behind = self.has_room(sum(map(size_of, tensors.values())))
             self.copies = copied(tensors, self.copies) if behind else {}
             content = self.facts | self.counts | {name: state() for name, state in self.states.items()}

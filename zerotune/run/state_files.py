@@ -53,8 +53,20 @@ def undivided(accelerator, optimizer, rank):
     return f"{family} {rank} of {accelerator.num_processes}"
 
 
-def tensors_to_save(accelerator, model, optimizer):
-    """Return ({name in the file: tensor on its device}, metadata) of what this rank writes; nothing is copied."""
+def settled_part(accelerator, parameter):
+    """Return (first element, flat tensor) of a frozen parameter that this rank keeps; a whole one the main process writes."""
+    if hasattr(parameter, "ds_id"):
+        shard = parameter.ds_tensor.detach().view(-1)
+        start = accelerator.process_index * shard.numel()
+        return start, shard[: max(0, parameter.ds_numel - start)]
+    return 0, parameter.detach().view(-1)
+
+
+def tensors_to_save(accelerator, model, optimizer, settled=()):
+    """Return ({name in the file: tensor on its device}, metadata) of what this rank writes; nothing is copied.
+
+    settled: names of frozen parameters that have learned before.
+    """
     found, label = pieces(model, optimizer), undivided(accelerator, optimizer, accelerator.process_index)
     if not label:
         found = shares(found, accelerator.num_processes, accelerator.process_index)
@@ -66,9 +78,16 @@ def tensors_to_save(accelerator, model, optimizer):
         tensors |= {f"{kind}/{place}": piece.of(state) for kind, state in elements.items()}
         owner = f"{piece.number}/{label or piece.name}"
         tensors |= {f"{WHOLE}{kind}/{owner}": state.detach() for kind, state in others.items()}
+    shapes = {p.name: p.shape for p in found}
+    for name, parameter in unwrap(model).named_parameters():
+        if name in settled and (accelerator.is_main_process or hasattr(parameter, "ds_id")):
+            start, part = settled_part(accelerator, parameter)
+            shapes[name] = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if part.numel():
+                tensors[f"{WEIGHT}/{start}/{name}"] = part
     if accelerator.is_main_process:
         tensors |= {f"{BUFFER}/0/{name}": buffer for name, buffer in persistent_buffers(unwrap(model)).items()}
-    return tensors, {"shapes": json.dumps({p.name: p.shape for p in found}), "numbers": json.dumps(numbers)}
+    return tensors, {"shapes": json.dumps(shapes), "numbers": json.dumps(numbers)}
 
 
 def persistent_buffers(model):
@@ -170,18 +189,22 @@ class SavedState:
         return digest.hexdigest()
 
 
-def load(accelerator, model, optimizer, folder):
+def load(accelerator, model, optimizer, folder, new=frozenset(), settled=frozenset()):
     """Restore weights, buffers and optimizer states from a verified checkpoint, each rank what it keeps; a collective.
 
-    UserError, with nothing changed, if other parameters learn here or states cannot be cut for this layout.
+    new: names of what begins to learn here, without states. settled: of what has learned before and is frozen; its weights alone
+    are restored. UserError, with nothing changed, if other parameters learn here or states cannot be cut for this layout.
     """
     saved, found = SavedState(folder), pieces(model, optimizer)
-    check(saved, accelerator, model, optimizer)
+    check(saved, accelerator, model, optimizer, new, settled)
     label, states, owners = undivided(accelerator, optimizer, accelerator.process_index), defaultdict(dict), {}
     for piece in found:
-        own = states[id(piece.owner)]
         owners[str(piece.number) if label else piece.name] = piece.owner
-        saved.fill(piece.of(piece.owner), WEIGHT, piece.name, piece.start)
+        if piece.name in saved.shapes:
+            saved.fill(piece.of(piece.owner), WEIGHT, piece.name, piece.start)
+        if piece.name in new:
+            continue
+        own = states[id(piece.owner)]
         for kind, dtype in saved.optimizer_states(piece.name).items():
             if kind not in own:
                 own[kind] = torch.zeros_like(piece.owner, dtype=dtype, requires_grad=False)
@@ -194,16 +217,21 @@ def load(accelerator, model, optimizer, folder):
             states[id(owner)][kind] = file.get_tensor(name).to(owner.device)
     set_states(optimizer, states)
     with torch.no_grad():
+        for name, parameter in unwrap(model).named_parameters():
+            if name in settled:
+                start, part = settled_part(accelerator, parameter)
+                saved.fill(part, WEIGHT, name, start)
         for name, buffer in persistent_buffers(unwrap(model)).items():
             for _, content in saved.parts(BUFFER, name):
                 buffer.copy_(content.view(buffer.shape))
     publish_weights(optimizer)
 
 
-def check(saved, accelerator, model, optimizer):
+def check(saved, accelerator, model, optimizer, new, settled):
     """Raise UserError unless a state can be loaded here: the same parameters learn, and no state is in blocks cut otherwise."""
-    here = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in unwrap(model).named_parameters() if p.requires_grad}
-    for name in sorted(here.keys() | saved.shapes.keys()):
+    named = unwrap(model).named_parameters()
+    here = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in named if p.requires_grad or n in settled}
+    for name in sorted((here.keys() | saved.shapes.keys()) - (new - saved.shapes.keys())):
         if here.get(name) != saved.shapes.get(name):
             shapes = [
                 "not there" if shape is None else f"of shape {list(shape)}" for shape in (saved.shapes.get(name), here.get(name))
