@@ -223,6 +223,7 @@ def test_ranks_and_micro_batches_of_a_step_are_its_rows(tmp_path, tokenizer, gro
         group_by_length=grouped,
         length_window=1,
         max_tokens_per_micro_batch=None,
+        cache_frozen=None,
     )
     collator = Collator("seq2seq", 0)
     ranks = [TrainingSteps(data, collator, args, num_processes=2, rank=rank)[0] for rank in range(2)]

@@ -98,15 +98,20 @@ SAVERS = [
     (None, {"tf32": True, "mixed_precision": "no"}),
     (None, {"attn_implementation": "flex_attention", "packing": True}),
     (None, {"attn_implementation": "flash_attention_2", "packing": True}),
+    ("zero2", {"reduce": "once", "gradient_accumulation_steps": 2}),
+    ("zero3", {"reduce": "once", "gradient_accumulation_steps": 2}),
+    (None, {"freeze": ["embeddings", "layers[:2]"], "frozen_eval": True, "cache_frozen": "here"}),
     (None, {"loss_chunks": 3, "mixed_precision": "fp16"}),
 ]
 
 
 @pytest.mark.parametrize("strategy, options", SAVERS)
-def test_savers_learn_and_load(train_one, tiny, rows16, strategy, options):
+def test_savers_learn_and_load(train_one, tiny, rows16, tmp_path, strategy, options):
     """On CUDA bitsandbytes and Triton have kernels of their own. final/ has been read back where a run ends well."""
     if options.get("liger"):
         pytest.importorskip("liger_kernel")
+    if "cache_frozen" in options:
+        options = options | {"cache_frozen": tmp_path / "cache"}
     if options.get("attn_implementation") == "flash_attention_2":
         pytest.importorskip("flash_attn")
     common = {"task": "causal", "mixed_precision": "bf16", "learning_rate": 3e-3, "max_steps": 20, "logging_steps": 5}

@@ -309,3 +309,13 @@ def test_demo_data_is_split_by_module():
     for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
         assert not modules[one] & modules[other] and not texts[one] & texts[other]
     assert SimpleNamespace(**splits["train"][0]).target and sys.version_info >= (3, 11)
+
+
+def test_a_flag_that_a_saved_run_did_not_know_had_its_default():
+    from zerotune.run.fingerprint import compare
+
+    saved = {"--seed": 1}
+    assert compare(saved, {"--seed": 1, "--tf32": False, "--frozen_eval": False}, [], "x") == ([], [])
+    refused, _ = compare(saved, {"--seed": 1, "--tf32": True}, [], "x")
+    assert refused == ["x: --tf32 was False and is True; go on with the same, or start over in another --output_dir, or allow it: "
+                       "--accept_change tf32"]  # fmt: skip

@@ -154,6 +154,9 @@ class Planner:
         args: other flags than the run's; config: a DeepSpeed JSON in place of the strategy's own.
         """
         args = args or self.args
+        num_processes = 1 if strategy == "single" else machine.num_gpus
+        if args.reduce == "auto" and num_processes == 1:
+            args = dataclasses.replace(args, reduce="each")  # nothing is exchanged
         if args.reduce == "auto":
             once = self.forecast(strategy, machine, dataclasses.replace(args, reduce="once"), config)
             # A plan may be some percent too low, and nobody has asked for what this takes.
@@ -161,7 +164,6 @@ class Planner:
                 return once
             return self.forecast(strategy, machine, dataclasses.replace(args, reduce="each"), config)
         on_gpu = machine.gpu.name != "CPU process"
-        num_processes = 1 if strategy == "single" else machine.num_gpus
         if strategy == "zero3_nvme":
             args = dataclasses.replace(args, save_strategy="no")  # without checkpoints, as its README says
         result = Forecast(strategy, device_limit=machine.gpu_bytes, host_limit=machine.host_bytes, nvme_limit=machine.nvme_bytes)

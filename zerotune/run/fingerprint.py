@@ -39,8 +39,9 @@ def layout(args, strategy):
 def compare(saved, present, accepted, folder):
     """Return (lines of what is refused, lines of what is accepted) for two fingerprints; accepted: names of --accept_change."""
     refused, changes = [], []
+    defaults = {f"--{name}": value for name, value in vars(Arguments()).items()}  # of flags that the saved run did not know yet
     for name in sorted(saved.keys() | present.keys()):
-        was, now = saved.get(name), present.get(name)
+        was, now = saved.get(name, defaults.get(name)), present.get(name)
         flags = LED_TO_BY.get(name, [name.removeprefix("--")] if name.startswith("--") else [])
         flags = [flag for flag in flags if flag not in FIXED]
         if was == now:

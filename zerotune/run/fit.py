@@ -117,8 +117,10 @@ class Fit:
     def choose_reduction(self):
         """Return "once" or "each" by --reduce and the plan, None where there is no choice; the same on every rank."""
         args, config, choice = self.args, self.strategy.config, None
-        if not can_choose(args, config) or args.reduce != "auto":
-            return args.reduce if can_choose(args, config) else None
+        if not can_choose(args, config):
+            return None
+        if args.reduce != "auto":
+            return args.reduce
         if self.accelerator.is_main_process:
             forecast = self.planner.forecast(self.strategy.stem, self.machine, config=config)
             choice = "once" if forecast.reduces_once and forecast.problem is None else "each"

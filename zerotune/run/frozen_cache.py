@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from zerotune.engine.frozen import frozen_checksum
-from zerotune.engine.processes import first_on_each_node
+from zerotune.engine.processes import first_on_each_node, neighbours
 from zerotune.errors import UserError
 from zerotune.model.packing import check_exact
 from zerotune.model.prefix import CachedPrefix
@@ -31,6 +31,8 @@ class FrozenCache:
         """Have the model show that it can be cached, and make or find the cache of these weights and rows; a collective."""
         if self.prefix is None:
             return
+        if 1 + len(neighbours()) < run.accelerator.num_processes:
+            raise UserError("--cache_frozen: its ranks write one file, which is safe on one machine alone; leave it out on several")
         self.run, data, accelerator = run, run.data, run.accelerator
         dtype, width = self.try_out(forward_loss)
         weights = frozen_checksum(accelerator, run.model, run.precision, self.prefix.parameters)
