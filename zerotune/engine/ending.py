@@ -42,6 +42,12 @@ def start_again(words=(), environment=None):
     The process keeps its number, by which the launcher knows it; a count of restarts keeps the new ranks' meeting apart from the
     old (processes.meet_again).
     """
+    import multiprocessing
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise when a data worker ends
+    for child in multiprocessing.active_children():  # they would stay: their parent's number does
+        child.kill()
+        child.join()
     os.environ |= {**(environment or {}), STARTED_AGAIN: str(int(os.environ.get(STARTED_AGAIN, "0")) + 1)}
     sys.stdout.flush()
     sys.stderr.flush()

@@ -4,11 +4,13 @@ An engine is not made over: its next phase begins from the checkpoint of the bor
 the memory, and on a resume gives the bits, of a run that began there.
 """
 
+import os
 from pathlib import Path
 
 from zerotune.engine.ending import start_again
 from zerotune.engine.processes import ranks_where
 from zerotune.errors import UserError
+from zerotune.run.fit import LIMIT
 
 
 def is_border(run, step):
@@ -24,5 +26,6 @@ def go_over(run, step):
         raise UserError(f"--freeze_schedule: {folder} could not be written, from which the next phase begins; see metrics.jsonl")
     run.console.say(f"step {step}: other parts of the model learn from here on; starting again from {folder}")
     run.console.stop()
+    os.environ.pop(LIMIT, None)  # what a trial before step 0 has shown is in the run's own flags by now
     run.accelerator.wait_for_everyone()
     start_again(["--resume_from_checkpoint", str(folder)])

@@ -39,6 +39,7 @@ class FrozenCache:
         lengths = data.costs["train"][:, 0]
         facts = {
             "weights": weights,
+            "model configuration": run.fingerprint["model configuration"],  # equal weights may compute otherwise
             "modules": f"{len(self.prefix.modules)} x {type(self.prefix.modules[0]).__name__}",
             "rows": data.digest("train"),
             "lengths": hashlib.sha256(np.ascontiguousarray(lengths, dtype=np.int64).tobytes()).hexdigest(),
