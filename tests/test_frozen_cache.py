@@ -15,7 +15,7 @@ from conftest import ROOT, flags_of, text, tiny_config
 
 from zerotune.errors import UserError
 from zerotune.model.freezing import apply_rules
-from zerotune.model.prefix import frozen_prefix, train_mode
+from zerotune.model.prefix import frozen_prefix, tokens_by_row, train_mode
 from zerotune.rows.batches import Stream, rows_of_step
 from zerotune.rows.prefix_states import PrefixStates
 from zerotune.run.arguments import Arguments, check_arguments
@@ -152,6 +152,15 @@ def test_rows_are_whole_or_absent(tmp_path):
     assert not (tmp_path / "large" / "states.bin").exists()
 
 
+def test_tokens_are_found_row_by_row():
+    """Rows may lie in any order over the lines of a packed batch; padded ones are in theirs."""
+    packed = {"token_rows": torch.tensor([[2, 2, 3, 0], [1, 1, 1, 0]])}
+    mask, order = tokens_by_row(packed)
+    assert packed["token_rows"][mask][order].tolist() == [1, 1, 1, 2, 2, 3] and order.tolist() == [3, 4, 5, 0, 1, 2]
+    mask, order = tokens_by_row({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
+    assert mask.sum() == 5 and order.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_what_is_frozen_has_no_dropout():
     model_class, config = tiny_config("gpt2", 0.1)
     model = model_class(config)
@@ -179,7 +188,12 @@ def test_no_frozen_prefix(family, freeze, words):
         frozen_prefix(model)
 
 
-def test_flags_that_cannot_be():
+def test_flags_that_cannot_be(tmp_path):
     problems = check_arguments(Arguments(cache_frozen="x", peft="prompt"), required=())
     assert any("with dropout, what is frozen gives other outputs each time; give --frozen_eval" in p for p in problems)
+    file = tmp_path / "file"
+    file.touch()
+    assert f"--cache_frozen {file}: is a file; give a folder" in check_arguments(Arguments(cache_frozen=str(file)), required=())
+    nowhere = check_arguments(Arguments(cache_frozen="/proc/none"), required=())
+    assert any(p.startswith("--cache_frozen /proc/none: /proc is not writable (") for p in nowhere)
     assert any("--peft prompt gives what is frozen inputs that learn" in p for p in problems)

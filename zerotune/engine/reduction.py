@@ -24,8 +24,11 @@ class Reduction:
         self.block = None
 
     @contextlib.contextmanager
-    def of_step(self):
-        """Around all forward and backward passes of a step; when it ends, DeepSpeed's optimizer has stepped."""
+    def of_step(self, trial=False):
+        """Around all forward and backward passes of a step; when it ends, DeepSpeed's optimizer has stepped.
+
+        trial: nothing is to come of the passes; the caller forgets the gradients that the engine has by then.
+        """
         if not self.once:
             yield
             return
@@ -33,22 +36,13 @@ class Reduction:
         self.block = self.model.coalesce_grad_reduction()
         self.block.__enter__()
         yield
+        if trial:
+            self.sums.clear()
+            self.model.zero_grad()
         self.block.__exit__(None, None, None)
-        self.model.set_gradient_accumulation_boundary(True)
-        self.model.step()
-
-    @contextlib.contextmanager
-    def of_trial(self):
-        """Around passes of which nothing is to come; the caller forgets the gradients that the engine has."""
-        if not self.once:
-            yield
-            return
-        self.block = self.model.coalesce_grad_reduction()
-        self.block.__enter__()
-        yield
-        self.sums.clear()
-        self.model.zero_grad()
-        self.block.__exit__(None, None, None)
+        if not trial:
+            self.model.set_gradient_accumulation_boundary(True)
+            self.model.step()
 
     @contextlib.contextmanager
     def of_micro_batch(self, is_last):

@@ -189,12 +189,14 @@ def check_files(args, required):
         "--save_steps auto and --mean_hours_between_failures go together; give both or none",
     )
     need(not (args.warmup_ratio and args.warmup_steps), "--warmup_ratio and --warmup_steps are both given; give one")
-    if args.output_dir:
-        out = Path(args.output_dir)
-        need(not out.exists() or out.is_dir(), f"--output_dir {out}: is a file; give a folder")
+    for name in ("output_dir", "cache_frozen"):
+        if not getattr(args, name):
+            continue
+        out = Path(getattr(args, name))
+        need(not out.exists() or out.is_dir(), f"--{name} {out}: is a file; give a folder")
         parent = next(p for p in (out, *out.resolve().parents) if p.exists())
         try:
             tempfile.TemporaryFile(dir=parent).close()  # os.access says yes to root where nothing can be made, in /proc for one
         except OSError as error:
-            problems.append(f"--output_dir {out}: {parent} is not writable ({error.strerror})")
+            problems.append(f"--{name} {out}: {parent} is not writable ({error.strerror})")
     return problems

@@ -144,7 +144,7 @@ class Fit:
         shape, batch = self.longest_batch(collator)
         try:
             ballast = self.missing_states(optimizer)
-            with reduction.of_trial():
+            with reduction.of_step(trial=True):
                 for _ in range(min(2, most_micro_batches(self.args))):  # the second beside the gradients of the first
                     self.pass_over(batch, model, reduction, forward_loss)
             del ballast
