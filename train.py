@@ -45,8 +45,9 @@ from zerotune.engine.schedule import Schedule
 from zerotune.engine.strategy import launched_strategy
 from zerotune.errors import UserError
 from zerotune.model import adapters, loading
-from zerotune.model.activations import enable_gradient_checkpointing
+from zerotune.model.activations import enable_gradient_checkpointing, every_nth, offload_activations
 from zerotune.model.attention import lines_of_packed
+from zerotune.model.compiling import compile_blocks
 from zerotune.model.freezing import apply_rules
 from zerotune.model.frozen_dtype import narrow_frozen
 from zerotune.model.loss import chunk_loss, count_targets, token_losses
@@ -151,6 +152,7 @@ def cut_steps(run):
         finish(0)
     run.given_cut = run.fit.keep_rows_a_step(run.console.say)  # of a run that goes on with another number of processes
     run.auto_batch = run.fit.choose_cut(run.console.say) if args.auto_batch else None
+    run.fit.choose_checkpointing(run.console.say)
     run.schedule = Schedule.of(args, len(run.data.rows["train"]), accelerator.num_processes)
     run.console.say(f"batch: {run.schedule.equation}")
     run.fingerprint, run.layout = fingerprint(args, run.config, run.data, run.schedule), layout(args, run.strategy)
@@ -213,8 +215,8 @@ def make_trainable(model, args, tokenizer, dtype, max_steps, step=None):
         report = Phases(args.freeze_schedule, model, max_steps, args.seed).begin(model, step)
     else:
         report = apply_rules(model, args.freeze, args.unfreeze)
-    if args.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+    if every := every_nth(args.gradient_checkpointing):
+        enable_gradient_checkpointing(model, every)
     base = model.get_base_model() if args.peft else model
     if dtype == torch.float32 and args.frozen_dtype == "auto":
         narrow_frozen(base, args)
@@ -222,6 +224,10 @@ def make_trainable(model, args, tokenizer, dtype, max_steps, step=None):
         chunk_loss(base, args.loss_chunks)
     if args.packing:
         pack_forward(base)
+    if args.torch_compile:
+        compile_blocks(model)
+    if args.activation_offload:
+        offload_activations(model)
     return model, report
 
 
@@ -245,12 +251,8 @@ def resume(run):
     if args.probe_longest_batch or args.auto_batch:
         run.fit.probe(model, run.optimizer, run.collator, run.reduction, forward_loss, run.console.say)
     run.manifest_facts = {"fingerprint": run.fingerprint, "layout": run.layout, "row_offset": run.schedule.row_offset}
-    run.manifest_facts |= {
-        "frozen_weights": frozen,
-        "versions": facts["versions"],
-        "arguments": vars(args),
-        "given_cut": run.given_cut,
-    }
+    run.manifest_facts |= {"frozen_weights": frozen, "versions": facts["versions"], "arguments": vars(args)}
+    run.manifest_facts["given_cut"] = run.given_cut
     return run.begin
 
 

@@ -102,6 +102,22 @@ def test_auto_batch_under_a_limit(train, tiny, long_rows, strategy):
 
 
 @pytest.mark.launch
+def test_checkpointing_of_as_few_blocks_as_fit(train, tiny, long_rows):
+    """By the plan, under a limit of 1,050 MiB; the losses are those of a run that keeps its activations."""
+    options = {
+        "model_name_or_path": tiny("t5"), "train_file": long_rows, "max_source_length": 1000, "max_target_length": 256,
+        "per_device_train_batch_size": 16, "max_steps": 2, "save_steps": 0, "logging_steps": 1,
+    }  # fmt: skip
+    plain = train(None, name="plain", gradient_checkpointing="auto", **options)
+    assert "gradient_checkpointing: false, which fits" in plain.output
+    limits = {"LIMITED_RANK": "0", "LIMITED_BYTES": str(1050 * MIB), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    auto = train(None, name="auto", gradient_checkpointing="auto", environment=limits, **options)
+    assert auto.run["arguments"]["gradient_checkpointing"] in ("every:4", "every:2", True)
+    for mine, other in zip(auto.records("loss"), plain.records("loss"), strict=True):
+        assert abs(mine["loss"] - other["loss"]) <= 1e-5 * other["loss"]
+
+
+@pytest.mark.launch
 @pytest.mark.parametrize("strategy", [None, "ddp", "zero2", "zero3"])
 def test_out_of_memory_is_explained(train, tiny, long_rows, strategy):
     """One report from the rank that ran out, exit code 2, the other rank ended; the checkpoint that there was stays."""

@@ -361,6 +361,11 @@ def flag_problems(config, name, args):
         )
     if args.peft == "trainable_tokens" and section(config, "zero_optimization").get("stage") == 3 and not has_cuda():
         problems.append("--peft trainable_tokens: peft collects the tokens of a sharded embedding on GPUs alone; use zero2 here")
+    if args.torch_compile and section(config, "zero_optimization").get("stage") == 3:
+        problems.append(
+            "--torch_compile: ZeRO-3 gathers weights by hooks inside the blocks, and at each of them a compiled graph ends: many "
+            "small ones, none faster; use zero2, or leave it out"
+        )
     if args.quantize == "int8" and section(config, "zero_optimization").get("stage") == 3:
         problems.append("--quantize int8: bitsandbytes keeps whole copies of what ZeRO-3 shards; use --quantize nf4, or zero2")
     if args.quantize and not args.peft and section(config, "zero_optimization").get("stage") == 3:

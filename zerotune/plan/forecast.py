@@ -16,6 +16,7 @@ import yaml
 from zerotune.engine.deepspeed_config import flag_problems, read_deepspeed_config, resolve, section
 from zerotune.engine.reduction import can_choose
 from zerotune.errors import UserError
+from zerotune.model.activations import WAYS
 from zerotune.model.loading import hidden_size
 from zerotune.model.prefix import train_mode
 from zerotune.model.quantization import quantization_config
@@ -31,7 +32,7 @@ from zerotune.rows.batches import most_micro_batches
 ROOT = Path(__file__).resolve().parents[2]
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme")
 # To a trace: the shapes say what accumulation does.
-IRRELEVANT = ("save_steps", "output_dir", "gradient_accumulation_steps", "reduce")
+IRRELEVANT = ("save_steps", "output_dir", "gradient_accumulation_steps", "reduce", "torch_compile")
 OUTSIDE, CACHE = "CUDA and NCCL", "allocator's cache"
 LIBRARIES_BYTES = int(0.45 * GIB)  # of a process that has imported torch, transformers and DeepSpeed, on a CPU
 UTILISATION = 0.45  # of the peak FLOP/s, by computing alone; the same for all strategies, so it weighs little in their order
@@ -56,6 +57,7 @@ class Forecast:
     rows: int = 1  # of an optimizer step, over all processes
     remark: str = ""
     reduces_once: bool = False  # gradients, a step
+    gradient_checkpointing: bool | str = False  # which share of blocks
 
     @property
     def device_bytes(self):
@@ -154,6 +156,14 @@ class Planner:
         args: other flags than the run's; config: a DeepSpeed JSON in place of the strategy's own.
         """
         args = args or self.args
+        if args.gradient_checkpointing == "auto":
+            forecasts = (
+                self.forecast(strategy, machine, dataclasses.replace(args, gradient_checkpointing=way), config) for way in WAYS
+            )
+            found = next(f for f in forecasts if f.fits or f.problem or f.gradient_checkpointing == WAYS[-1])
+            words = f"gradient_checkpointing {str(found.gradient_checkpointing).lower()}"
+            found.remark = "; ".join(filter(None, (words, found.remark)))
+            return found
         num_processes = 1 if strategy == "single" else machine.num_gpus
         if args.reduce == "auto" and num_processes == 1:
             args = dataclasses.replace(args, reduce="each")  # nothing is exchanged
@@ -166,7 +176,13 @@ class Planner:
         on_gpu = machine.gpu.name != "CPU process"
         if strategy == "zero3_nvme":
             args = dataclasses.replace(args, save_strategy="no")  # without checkpoints, as its README says
-        result = Forecast(strategy, device_limit=machine.gpu_bytes, host_limit=machine.host_bytes, nvme_limit=machine.nvme_bytes)
+        result = Forecast(
+            strategy,
+            gradient_checkpointing=args.gradient_checkpointing,
+            device_limit=machine.gpu_bytes,
+            host_limit=machine.host_bytes,
+            nvme_limit=machine.nvme_bytes,
+        )
         try:
             config = self.deepspeed_config(strategy, args, num_processes, config)
             result.reduces_once = can_choose(args, config) and args.reduce == "once"
@@ -193,6 +209,8 @@ class Planner:
         result.rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
         processes_here = min(num_processes, machine.gpus_per_node)
         libraries = {"libraries": LIBRARIES_BYTES}
+        if on_gpu and (waits := max(trace.host_bytes for _, trace in traces)):
+            held["host"]["activations"] = waits
         host = held["host"] | libraries if on_gpu else held["host"] | libraries | {"of the CPU as a device": result.device_bytes}
         result.host = {name: size * processes_here for name, size in host.items()}
         result.nvme = {name: size * processes_here for name, size in held["nvme"].items()}

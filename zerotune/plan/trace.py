@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from zerotune.errors import UserError
+from zerotune.model import activations
 from zerotune.model.loading import decoder_inputs
 from zerotune.plan.empty import states_of
 
@@ -29,6 +30,7 @@ class Trace:
 
     events: list = field(default_factory=list)
     categories: dict = field(default_factory=dict)  # block -> one of the four above
+    host_bytes: int = 0  # of activations that wait there, of the micro-batch with most
     flops: int = 0  # of its matrix products, what is recomputed counted again
 
     def peak(self, leave_out=(), beside=None, num_bytes=1):
@@ -73,6 +75,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.trace, self.num_words, self.padded = Trace(), num_words, padded
         self.live, self.count, self.parameters = {}, 0, set()
+        self.waiting = 0  # bytes on the host
 
     def ignore(self, tensors):
         """Take the storages of these tensors, the model's own, for no event."""
@@ -179,6 +182,29 @@ def masks_are_asked():
         masking_utils.is_tracing = original
 
 
+@contextlib.contextmanager
+def as_on_gpu(recorder):
+    """Have activations that would wait on the host leave, which on a CPU, where the trace is made, are there already."""
+    originals = activations.to_host, activations.from_host
+
+    def to_host(tensor):
+        recorder.waiting += tensor.numel() * tensor.element_size()
+        recorder.trace.host_bytes = max(recorder.trace.host_bytes, recorder.waiting)
+        return tensor.shape, tensor.dtype
+
+    def from_host(packed):
+        tensor = torch.empty(packed[0], dtype=packed[1])
+        recorder.waiting -= tensor.numel() * tensor.element_size()
+        return tensor
+
+    activations.to_host, activations.from_host = to_host, from_host
+    try:
+        with WithoutAttentionDropout():
+            yield
+    finally:
+        activations.to_host, activations.from_host = originals
+
+
 def tensors_of(model):
     """Return the tensors that a model holds: parameters, buffers, and the scales of four-bit weights."""
     scales = [getattr(holder, name) for parameter in model.parameters() for holder, name in states_of(parameter)]
@@ -207,12 +233,12 @@ def trace_step(model, config, task, shapes, forward_loss, *, autocast=None, chun
     recorder = Recorder(config.get_text_config().vocab_size, any(shape.padded for shape in shapes))
     recorder.ignore(tensors_of(model))
     hooks = [p.register_post_accumulate_grad_hook(recorder.is_gradient) for p in model.parameters() if p.requires_grad]
-    attention = WithoutAttentionDropout() if on_gpu else contextlib.nullcontext()
+    device = as_on_gpu(recorder) if on_gpu else contextlib.nullcontext()
     if autocast is not None:  # as Accelerator.prepare_model does it
         forward = model.forward
         model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=autocast)(forward))
     try:
-        with attention, masks_are_asked(), recorder:
+        with device, masks_are_asked(), torch.compiler.set_stance("force_eager"), recorder:
             for shape in shapes:
                 recorder.padded = shape.padded
                 batch, labels = batch_of(model, config, task, shape)

@@ -52,6 +52,10 @@ def check_savers(args):
         "recomputation switches off; use --peft lora, or train without checkpointing",
     )
     need(
+        not (args.gradient_checkpointing == "auto" and args.auto_batch),
+        "--gradient_checkpointing auto and --auto_batch are both given, and each would choose by the other; give one",
+    )
+    need(
         kind or args.unfreeze or not args.quantize,
         "--quantize: quantised weights cannot learn; give an adapter as well, such as --peft lora, or --unfreeze what is not "
         "quantised, such as head",

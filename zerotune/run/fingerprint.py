@@ -32,6 +32,7 @@ def layout(args, strategy):
             "loss_chunks",
             "packing",
             "reduce",
+            "torch_compile",
         )
     }
 

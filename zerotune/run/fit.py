@@ -114,6 +114,20 @@ class Fit:
         self.recut(choice)
         return {"given": given, "chosen": choice, "why": why}
 
+    def choose_checkpointing(self, say):
+        """Set --gradient_checkpointing auto to the smallest share of blocks with which the run fits; the same on every rank."""
+        args, choice, problem = self.args, None, None
+        if args.gradient_checkpointing != "auto":
+            return
+        if self.accelerator.is_main_process:
+            forecast = self.forecast()
+            choice, problem = forecast.gradient_checkpointing, forecast.problem
+            why = "fits" if forecast.fits else "does not fit, by the plan, and nothing else would"
+            say(f"gradient_checkpointing: {str(choice).lower()}, which {why}: {gib(forecast.device_bytes)} GiB are planned")
+        args.gradient_checkpointing, problem = broadcast_object_list([choice, problem])
+        if problem:
+            raise UserError(f"--gradient_checkpointing auto: {problem}")
+
     def choose_reduction(self):
         """Return "once" or "each" by --reduce and the plan, None where there is no choice; the same on every rank."""
         args, config, choice = self.args, self.strategy.config, None

@@ -4,6 +4,7 @@ Flags carry their transformers.TrainingArguments name where the meaning is the s
 decides (stage, offload, number of processes) is no flag.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -176,7 +177,21 @@ class LearningArguments:
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = flag(
         None, "Kernels of attention; the last three need CUDA. Default: transformers' choice for the model.", HARMLESS
     )
-    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass instead of keeping them.", HARMLESS)
+    gradient_checkpointing: bool | str = flag(
+        False,
+        "Recompute activations in the backward pass instead of keeping them: of all blocks, of one in N (every:N), or of as few as "
+        "the plan has room for (auto).",
+        HARMLESS,
+        range=(
+            lambda value: isinstance(value, bool) or value == "auto" or re.fullmatch(r"every:[1-9]\d*", value),
+            "must be true, false, every:N or auto",
+        ),
+        unit="true|every:N|auto",
+    )
+    activation_offload: bool = flag(
+        False, "Activations wait in pinned host memory for their backward pass; spares memory on GPUs alone.", HARMLESS
+    )
+    torch_compile: bool = flag(False, "Compile the repeated blocks with torch.compile; the first steps take a minute.", HARMLESS)
     liger: bool = flag(False, "Triton kernels of liger-kernel for norms, rotary positions and gated layers; needs CUDA.", HARMLESS)
     loss_chunks: int = flag(
         0, "Head and cross-entropy run over N pieces: no logits of all tokens at once; 0: whole.", HARMLESS, range=NOT_NEGATIVE

@@ -5,6 +5,7 @@ import time
 import torch
 
 from zerotune.engine.stopping import Watchdog
+from zerotune.model import compiling
 from zerotune.model.loss import by_source
 from zerotune.run import records
 from zerotune.run.profiling import Profile
@@ -20,7 +21,7 @@ class Monitor:
         self.counts = counts if args.mixed_precision == "fp16" else {}
         self.metrics = records.Metrics(args.output_dir, console, accelerator, step)
         self.window = records.Window(accelerator, with_shapes=args.profile_steps > 0)
-        self.end_report, self.accelerator = args.end_report, accelerator
+        self.end_report, self.accelerator, self.compiles = args.end_report, accelerator, args.torch_compile
         self.names, self.stream, self.sources = data.names("train"), data.stream(args.seed), None
         # Losses and targets of each source: of the steps taken since the last record, and of this one.
         self.by_source = torch.zeros(2, len(self.names), dtype=torch.float64, device=accelerator.device)
@@ -85,6 +86,7 @@ class Monitor:
         self.of_step.zero_()
         if step % self.logging_steps == 0 or step == self.schedule.max_steps:
             more = self.counts | ({"sources": self.source_facts(step)} if self.names else {})
+            more |= {"compiled_graphs": compiling.graphs} if self.compiles else {}
             self.write(self.window.record(step, self.schedule.epoch_at(step), learning_rate, grad_norm, **more))
         if profiled:
             self.write(profiled)

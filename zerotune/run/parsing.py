@@ -27,6 +27,13 @@ def truth(word):
     raise argparse.ArgumentTypeError(f"{word!r} is none of true, false")
 
 
+def truth_or_word(word):
+    try:
+        return truth(word)
+    except argparse.ArgumentTypeError:
+        return word  # its flag's range says which words there are
+
+
 def number_or(kind, words):
     """Return a function from a word of the command line to a number, or to the word if it is one of `words`."""
 
@@ -48,11 +55,15 @@ def add_flags(parser, group):
         convert = None
         if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:  # X | None, or a number | words
             kind, *others = [part for part in typing.get_args(kind) if part is not types.NoneType]
-            convert = number_or(kind, typing.get_args(others[0])) if others else None
+            if others:
+                convert = truth_or_word if kind is bool else number_or(kind, typing.get_args(others[0]))
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         help = field.metadata["help"].replace("%", "%%") + ("" if default in (None, []) else f" (default: {default})")
         if kind is bool:
-            box.add_argument(f"--{field.name}", type=truth, nargs="?", const=True, default=default, metavar="BOOL", help=help)
+            metavar = field.metadata["unit"] or "BOOL"
+            box.add_argument(
+                f"--{field.name}", type=convert or truth, nargs="?", const=True, default=default, metavar=metavar, help=help
+            )
             if default:
                 box.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", default=default, help="The contrary.")
             continue
