@@ -46,6 +46,26 @@ SAVERS = {
     "int8, lora": {"quantize": "int8", "peft": "lora", "target_modules": ["all-linear"], "learning_rate": 0.005},
     "fp4, head learns": {"quantize": "fp4", "unfreeze": ["head"], "learning_rate": 0.005, "eval_steps": 1},
     "adamw_bnb_8bit": {"optim": "adamw_bnb_8bit", "learning_rate": 0.005},
+    "lion_8bit": {"optim": "lion_8bit", "learning_rate": 0.002},
+    "lion_32bit": {"optim": "lion_32bit", "learning_rate": 0.002},
+    "packing": {"packing": "true", "learning_rate": 0.005},
+    "cached prefix": {"freeze": ["FROZEN"], "frozen_eval": "true", "cache_frozen": "CACHE", "learning_rate": 0.005},
+    "freeze_schedule": {"freeze_schedule": "gradual(3)", "learning_rate": 0.005},
+    "checkpointing every:2, activation_offload": {
+        "gradient_checkpointing": "every:2",
+        "activation_offload": "true",
+        "learning_rate": 0.005,
+    },
+    "torch_compile": {"torch_compile": "true", "learning_rate": 0.005},
+    "torch_compile, qlora, checkpointing": {
+        "torch_compile": "true",
+        "quantize": "nf4",
+        "peft": "lora",
+        "target_modules": ["all-linear"],
+        "gradient_checkpointing": "true",
+        "learning_rate": 0.005,
+        "eval_steps": 1,
+    },
 }
 MODELS = ("t5", "bart", "gpt2", "llama", "phi3")
 STRATEGIES = ("single", "ddp", "zero2", "zero3")
@@ -86,6 +106,8 @@ def check(strategy, model, rows, options, folder):
     from conftest import check_engine, flags_of
     from state import state_hash
 
+    from zerotune.engine.optimizer import BITSANDBYTES
+
     config = json.loads((Path(model) / "config.json").read_text())
     task = "seq2seq" if config.get("is_encoder_decoder") else "causal"
     common = {
@@ -98,6 +120,9 @@ def check(strategy, model, rows, options, folder):
     }  # fmt: skip
     if config["model_type"] == "phi3" and options.get("peft", "prompt") not in ("prefix", "prompt", "trainable_tokens"):
         options = {"target_modules": ["all-linear"], **options}  # peft has no choice of its own for it
+    if "cache_frozen" in options:
+        frozen = ["encoder"] if task == "seq2seq" else ["embeddings", "layers[:1]"]
+        options = {**options, "freeze": frozen, "cache_frozen": folder / "cache"}
     flags = flags_of(common | options)
     straight, again = folder / "straight", folder / "again"
     code, output = fork(strategy, straight, flags)
@@ -107,7 +132,7 @@ def check(strategy, model, rows, options, folder):
         return f"refused: {line.partition('error: ')[2]}"
     assert code == 0, output[-4000:]
     engine = json.loads((straight / "run.json").read_text())["engine"]
-    assert engine.pop("base_optimizer", engine["optimizer"]) == ("AdamW8bit" if options.get("optim") else "AdamW")
+    assert engine.pop("base_optimizer", engine["optimizer"]) == BITSANDBYTES.get(options.get("optim"), "AdamW")
     if not options.get("quantize"):  # quantised weights are sharded later, when DeepSpeed takes the model over
         check_engine(engine | {"base_optimizer": "AdamW"}, strategy, None)
     losses = records(straight, "loss")
@@ -216,7 +241,8 @@ def write_table(results, path):
     lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
     lines += [
         "",
-        "Flags; for phi3, of which peft has no choice of its own, the adapters on layers also get `--target_modules all-linear`:",
+        "Flags; for phi3, of which peft has no choice of its own, the adapters on layers also get `--target_modules all-linear`; FROZEN "
+        "is `encoder`, of a decoder `embeddings 'layers[:1]'`:",
         "",
     ]
     for saver, options in SAVERS.items():

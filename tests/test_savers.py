@@ -141,6 +141,7 @@ PLACES = [
     "qlora (nf4, double)/single/phi3",
     "int8, lora/zero2/gpt2",
     "adamw_bnb_8bit/zero2/bart",
+    "lion_8bit/zero3/gpt2",
 ]
 REFUSED = {"adalora/zero2/t5": "refused: --peft adalora: moves its ranks"}
 
@@ -178,6 +179,8 @@ def bytes_of(folder, **flags):
 SMALLER = [
     ({}, 0),
     ({"optim": "adamw_bnb_8bit"}, 0),
+    ({"optim": "lion_8bit"}, 0),
+    ({"optim": "lion_32bit"}, 0),
     ({"freeze": ["backbone"]}, 0),
     ({"peft": "lora"}, 0),
     ({"peft": "lora", "unfreeze": ["head"]}, 0),
@@ -193,7 +196,8 @@ def test_bytes_of_weights_gradients_and_states(inputs, flags, code_bytes):
     assert (quantised > 0.5 * total) == bool(code_bytes) and (trainable < total / 2) == bool(flags.keys() - {"optim"})
     assert sizes["weights"] == pytest.approx(4 * (total - quantised) + code_bytes * quantised, rel=0.03)
     assert sizes["gradients"] == pytest.approx(4 * trainable, rel=0.01, abs=1024)
-    state_bytes = 2 + 2 * 4 / 256 if flags.get("optim") else 8  # two codes, and two scales for 256
+    # Of 8 bits: two codes, and two scales for 256; of Lion half as many.
+    state_bytes = {"adamw_bnb_8bit": 2 + 2 * 4 / 256, "lion_8bit": 1 + 4 / 256, "lion_32bit": 4}.get(flags.get("optim"), 8)
     assert sizes["optimizer"] == pytest.approx(state_bytes * trainable, rel=0.03, abs=1024)
 
 

@@ -59,6 +59,8 @@ CASES = {
     "zero3_offload, full": ("zero3_offload", 2, "llama", BF16),
     "ddp, frozen encoder": ("ddp", 2, "t5", {"freeze": ["encoder"]}),
     "single, lora, unfused": (None, 1, "gpt2", {**LORA, "optim": "adamw_torch"}),
+    "single, lion in 8 bits": (None, 1, "llama", {"optim": "lion_8bit"}),
+    "single, lion": (None, 1, "gpt2", {"optim": "lion_32bit"}),
     "single, adafactor": (None, 1, "t5", {"optim": "adafactor"}),
 }  # fmt: skip
 ON_NVME = {"zero3_nvme, full": ("zero3_nvme", 1, "llama", {**BF16, "save_steps": 0})}

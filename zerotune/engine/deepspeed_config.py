@@ -374,7 +374,7 @@ def flag_problems(config, name, args):
             "or give an adapter"
         )
     offload = section(config, "zero_optimization.offload_optimizer").get("device", "none")
-    if args.optim in ("adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit") and offload != "none":
+    if args.optim not in ("adamw_torch_fused", "adamw_torch", "adafactor") and offload != "none":
         problems.append(
             f"--optim {args.optim}: {name} keeps optimizer states on {offload}, where DeepSpeed's own AdamW steps in float32; use "
             "--optim adamw_torch_fused here, or a strategy without offload"

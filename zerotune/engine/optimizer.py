@@ -2,7 +2,15 @@
 
 import torch
 
-BITSANDBYTES = {"adamw_bnb_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
+BITSANDBYTES = {  # --optim: its class there
+    "adamw_bnb_8bit": "AdamW8bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+    "lion_32bit": "Lion32bit",
+    "lion_8bit": "Lion8bit",
+    "paged_lion_32bit": "PagedLion32bit",
+    "paged_lion_8bit": "PagedLion8bit",
+}
 
 
 def parameter_groups(model, weight_decay, births=None):
@@ -24,8 +32,8 @@ def parameter_groups(model, weight_decay, births=None):
 def build_optimizer(model, *, optim, learning_rate, weight_decay, on_host, births=None):
     """Return the optimizer over the trainable parameters.
 
-    optim: adamw_torch, adamw_torch_fused, adafactor (fixed learning rate, as transformers' Trainer sets it), or bitsandbytes'
-    adamw_bnb_8bit, paged_adamw_8bit and paged_adamw_32bit.
+    optim: adamw_torch, adamw_torch_fused, adafactor (fixed learning rate, as transformers' Trainer sets it), or one of
+    BITSANDBYTES.
     on_host: DeepSpeed keeps optimizer states in host memory or on NVMe; AdamW is then DeepSpeed's own C++ one. accelerate
     would make that exchange by itself and without a word, so it is made here, where the log and run.json show it.
     births: as in parameter_groups.

@@ -90,7 +90,8 @@ def check_device(args):
             )
         if args.optim.startswith("paged"):
             problems.append(
-                f"--optim {args.optim}: pages a GPU's memory, and this machine's device is a CPU; use --optim adamw_bnb_8bit"
+                f"--optim {args.optim}: pages a GPU's memory, and this machine's device is a CPU; use --optim "
+                + ("lion_8bit" if "lion" in args.optim else "adamw_bnb_8bit")
             )
         if args.memory_snapshot:
             problems.append("--memory_snapshot: records a GPU's allocator, and this machine's device is a CPU; leave it out")

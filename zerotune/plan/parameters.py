@@ -54,8 +54,8 @@ def parameters_of(model):
 def optimizer_states(optim, shapes, itemsize, cuda):
     """Return (device, host) bytes that an optimizer keeps for tensors of these shapes; itemsize: bytes of their elements.
 
-    optim: --optim, or "cpu" for DeepSpeedCPUAdam. bitsandbytes' 8-bit states are two codes an element and a float32 scale for each
-    256 of each; tensors of fewer than 4096 elements have float32 ones (bitsandbytes/optim/optimizer.py:502-531).
+    optim: --optim, or "cpu" for DeepSpeedCPUAdam. bitsandbytes' 8-bit states are a code an element (AdamW: two) and a float32 scale
+    for each 256 of each; tensors of fewer than 4096 elements have float32 ones (bitsandbytes/optim/optimizer.py:502-531).
     """
     sizes = [prod(shape) for shape in shapes]
     if optim == "cpu":  # two float32 moments, and a counter that is a number (deepspeed/ops/adam/cpu_adam.py:161)
@@ -67,16 +67,16 @@ def optimizer_states(optim, shapes, itemsize, cuda):
         counters = FLOAT32 * len(sizes)
         on_host = counters if cuda and optim == "adamw_torch" else 0
         return 2 * itemsize * sum(sizes) + counters - on_host, on_host
-    device = host = 0
-    eight_bits = [size >= 4096 and optim != "paged_adamw_32bit" for size in sizes]
+    device, host, count = 0, 0, 1 if "lion" in optim else 2
+    eight_bits = [size >= 4096 and not optim.endswith("_32bit") for size in sizes]
     for size, small in zip(sizes, eight_bits, strict=True):
-        moments = 2 * size * (1 if small else FLOAT32)
+        moments = count * size * (1 if small else FLOAT32)
         if optim.startswith("paged") and cuda and size >= 1e5:  # in memory that CUDA moves out when it is short (line 383)
             host += moments
         else:
             device += moments
-        device += 2 * FLOAT32 * -(-size // 256) * small
-    return device + 2 * 256 * FLOAT32 * any(eight_bits), host  # with one table of the codes' values for each moment
+        device += count * FLOAT32 * -(-size // 256) * small
+    return device + count * 256 * FLOAT32 * any(eight_bits), host  # with one table of the codes' values for each moment
 
 
 def optimizer_temporaries(optim, shapes, itemsize, cuda):
@@ -85,7 +85,7 @@ def optimizer_temporaries(optim, shapes, itemsize, cuda):
     On CUDA the fused and the bitsandbytes kernels take none; torch's other AdamW makes one square root of the whole group
     (torch/optim/adam.py:790). On a CPU it goes through the tensors one by one and makes two, while that of the tensor before is
     still there (line 544); so does Adafactor everywhere (transformers/optimization.py:1261). bitsandbytes has five float32 tensors
-    of a parameter's size on a CPU (bitsandbytes/backends/cpu/ops.py:498-514).
+    of a parameter's size on a CPU, Lion with a float32 state three (bitsandbytes/backends/cpu/ops.py:417-424, 498-514).
     """
     sizes = [prod(shape) for shape in shapes]
     one_by_one = max(2 * size + before for size, before in zip(sizes, [0, *sizes], strict=False))
@@ -94,7 +94,7 @@ def optimizer_temporaries(optim, shapes, itemsize, cuda):
     if optim == "adamw_torch":
         return itemsize * (sum(sizes) if cuda else one_by_one)
     if optim in BITSANDBYTES and not cuda:
-        return 5 * FLOAT32 * max(sizes)
+        return (3 if optim == "lion_32bit" else 5) * FLOAT32 * max(sizes)
     return 0
 
 
