@@ -241,8 +241,8 @@ def write_table(results, path):
     lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
     lines += [
         "",
-        "Flags; for phi3, of which peft has no choice of its own, the adapters on layers also get `--target_modules all-linear`; FROZEN "
-        "is `encoder`, of a decoder `embeddings 'layers[:1]'`:",
+        "Flags; for phi3, of which peft has no choice of its own, the adapters on layers also get `--target_modules all-linear`; "
+        "FROZEN is `encoder`, of a decoder `embeddings 'layers[:1]'`:",
         "",
     ]
     for saver, options in SAVERS.items():
