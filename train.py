@@ -188,6 +188,7 @@ def load_model(run):
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,
         on_host=run.strategy.optimizer_on_host,
+        bf16_states=run.strategy.bf16_states,
         births=run.phases and run.phases.births(run.begin),
     )
     run.cache = FrozenCache(args, model)

@@ -44,7 +44,9 @@ def run(strategy, processes, flags, log, environment, timeout=600):
     """
     count, ranks = 1, {}
     if strategy is not None:
+        own = {key: environment[key] for key in ("ACCELERATE_DEEPSPEED_CONFIG_FILE",) if key in environment}  # a test's JSON
         count, environment = launch_environment(strategy, processes, environment)
+        environment |= own
     with socket.socket() as free:
         free.bind(("", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from train import forward_loss
-from zerotune.engine.deepspeed_config import check_config, read_deepspeed_config
+from zerotune.engine.deepspeed_checks import check_config
+from zerotune.engine.deepspeed_config import read_deepspeed_config
 from zerotune.engine.optimizer import build_optimizer
 from zerotune.engine.strategy import check_device
 from zerotune.errors import UserError

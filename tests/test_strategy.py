@@ -3,22 +3,16 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
-from zerotune.engine.deepspeed_config import (
-    RECORDED,
-    SECTIONS,
-    TOP_KEYS,
-    autos,
-    check_build_locks,
-    check_config,
-    check_locked_memory,
-    resolve,
-)
+from zerotune.engine.deepspeed_checks import RECORDED, SECTIONS, TOP_KEYS, check_build_locks, check_config, check_locked_memory
+from zerotune.engine.deepspeed_config import autos, resolve
 from zerotune.errors import UserError
 from zerotune.run.arguments import Arguments
 
@@ -134,6 +128,15 @@ def change(stem, place, value):
         ("zero3_nvme", "zero_optimization.offload_param.nvme_path", None, "nvme_path is missing"),
         ("zero3_nvme", "zero_optimization.offload_param.nvme_path", "/proc/no", "offload_param.nvme_path /proc/no: "),
         ("zero3_offload", "zero_optimization.offload_optimizer.device", "gpu", "device is 'gpu'; allowed: none, cpu, nvme"),
+        ("zero3_offload", "zero_optimization.offload_optimizer.ratio", 0.5, "ratio is 0.5: for the part that stays DeepSpeed"),
+        ("zero2", "bf16.bf16_optimizer_states", True, "bf16_optimizer_states needs bf16_master_weights_and_grads"),
+        (
+            "zero2",
+            "bf16.bf16_master_weights_and_grads",
+            True,
+            "on the host, as in .*zero2_offload.json; or set bf16_optimizer_states",
+        ),
+        ("zero2_offload", "fp16.fp16_master_weights_and_grads", True, "is for --mixed_precision fp16 .given: bf16"),
     ],
 )
 def test_refused(stem, place, value, message):
@@ -141,6 +144,41 @@ def test_refused(stem, place, value, message):
     with pytest.raises(UserError, match=message):
         check_config(config, f"{stem}.json", ARGS)
         resolve(config, f"{stem}.json", ARGS, num_processes=2, hidden_size=64)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("stem", ["zero2", "zero3", "zero2_offload"])
+def test_states_in_bf16(stem, train, tiny, rows16, tmp_path):
+    """Half the bytes of master weights and moments, as planned; the same training but for rounding; resumed in the same bits."""
+    config, own = config_of(stem), tmp_path / "own.json"
+    config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    own.write_text(json.dumps(config))
+    options = {
+        "model_name_or_path": tiny("llama"), "task": "causal", "train_file": rows16, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2, "max_steps": 6, "logging_steps": 1, "learning_rate": 1e-2, "save_steps": 3,
+        "mixed_precision": "bf16", "end_report": "true",
+    }  # fmt: skip
+    plain = train(stem, name="plain", **options)
+    small = train(stem, name="small", environment={"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(own)}, **options)
+    assert small.run["deepspeed_config"]["bf16"]["bf16_optimizer_states"] is True
+    losses = [[record["loss"] for record in run.records("loss")] for run in (plain, small)]
+    # bf16 keeps 8 bits of a weight: an update of 1e-2 on weights of 0.02 to 0.2 is off by some percent, the loss by far less.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2) and losses[1] != losses[0] and losses[1][-1] < 0.95 * losses[1][0]
+    planned, measured = (small.run["memory"][f"{kind}_bytes"]["optimizer states"] for kind in ("planned", "measured"))
+    kept = [run.run["memory"]["measured_bytes"]["optimizer states"] for run in (plain, small)]
+    others = 2 if "offload" in stem else 0  # on the host a copy in bf16 beside them, as before
+    assert kept[1] == pytest.approx(kept[0] * (6 + others) / (12 + others), rel=0.02)
+    if not others:  # there planned apart, as the host's
+        assert planned == pytest.approx(measured, rel=0.02)
+
+    cut = tmp_path / "cut"
+    shutil.copytree(small.folder, cut)
+    for folder in ("checkpoint-6", "final"):
+        shutil.rmtree(cut / folder)
+    environment = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(own)}
+    again = train(stem, name="again", environment=environment, **options | {"output_dir": cut})
+    assert again.run["resumed_from"].endswith("checkpoint-3")
+    assert all(torch.equal(weight, again.weights()[name]) for name, weight in small.weights().items())
 
 
 def test_saves_from_nvme_are_refused(monkeypatch, tmp_path):

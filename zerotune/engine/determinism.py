@@ -36,6 +36,9 @@ def set_tf32(wanted):
 def seed_pass(seed, step, micro_batch, rank):
     """Seed all generators for one forward and backward pass, so that its dropout is a function of these four numbers alone."""
     mixed = np.random.SeedSequence([seed, step, micro_batch, rank]).generate_state(2)
-    torch.manual_seed(int(mixed[0]) << 32 | int(mixed[1]))  # the GPUs' as well
+    number = int(mixed[0]) << 32 | int(mixed[1])
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():  # torch.manual_seed would note a stack trace for each kind of device that is not there
+        torch.cuda.manual_seed(number)
     random.seed(int(mixed[0]))
     np.random.seed(mixed[1])

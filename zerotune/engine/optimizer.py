@@ -29,20 +29,21 @@ def parameter_groups(model, weight_decay, births=None):
     return [{"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay} for key in sorted(groups)]
 
 
-def build_optimizer(model, *, optim, learning_rate, weight_decay, on_host, births=None):
+def build_optimizer(model, *, optim, learning_rate, weight_decay, on_host, bf16_states=False, births=None):
     """Return the optimizer over the trainable parameters.
 
     optim: adamw_torch, adamw_torch_fused, adafactor (fixed learning rate, as transformers' Trainer sets it), or one of
     BITSANDBYTES.
     on_host: DeepSpeed keeps optimizer states in host memory or on NVMe; AdamW is then DeepSpeed's own C++ one. accelerate
-    would make that exchange by itself and without a word, so it is made here, where the log and run.json show it.
+    would make that exchange by itself and without a word, so it is made here, where the log and run.json show it. bf16_states:
+    DeepSpeed wants its moments in bf16, as its JSON says; elsewhere they are of the type of the weights that they are for.
     births: as in parameter_groups.
     """
     groups = parameter_groups(model, weight_decay, births)
     if on_host:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, lr=learning_rate, adamw_mode=True)
+        return DeepSpeedCPUAdam(groups, lr=learning_rate, adamw_mode=True, fp32_optimizer_states=not bf16_states)
     if optim == "adafactor":
         from transformers.optimization import Adafactor
 

@@ -20,6 +20,7 @@ class Reduction:
         """choice: "once", "each", or None where there is none."""
         self.accelerator, self.model, self.once = accelerator, model, choice == "once"
         self.words = "at each micro-batch" if choice == "each" else "once a step"
+        self.learning = [parameter for parameter in unwrap(model).parameters() if parameter.requires_grad]
         self.sums = {}  # parameter: its gradient so far, float32; of 16 bits alone, where a sum would lose the small ones
         self.block = None
 
@@ -56,7 +57,7 @@ class Reduction:
     @torch.no_grad()
     def sum_up(self, is_last):
         """Add the gradients of a pass to those before it, in float32, and give the engine the sum after the last."""
-        for parameter in unwrap(self.model).parameters():
+        for parameter in self.learning:
             gradient = parameter.grad
             if gradient is None or gradient.dtype == torch.float32:  # autograd's own sum is as good
                 continue

@@ -8,8 +8,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from zerotune.engine.deepspeed_checks import check_config
 from zerotune.engine.deepspeed_config import (
-    check_config,
     choose_deepspeed_accelerator,
     has_cuda,
     read_deepspeed_config,
@@ -57,6 +57,11 @@ class Strategy:
     def optimizer_on_host(self):
         """Tell whether DeepSpeed keeps the optimizer states outside the device (CPU memory or NVMe)."""
         return section(self.config or {}, "zero_optimization.offload_optimizer").get("device", "none") != "none"
+
+    @property
+    def bf16_states(self):
+        """Tell whether the JSON wants optimizer states in bf16."""
+        return bool(self.config and section(self.config, "bf16").get("bf16_optimizer_states"))
 
     def plugin(self, args, hidden_size):
         """Return accelerate's DeepSpeedPlugin holding the resolved config, or None without DeepSpeed."""

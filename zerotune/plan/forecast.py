@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from zerotune.engine.deepspeed_config import flag_problems, read_deepspeed_config, resolve, section
+from zerotune.engine.deepspeed_checks import flag_problems
+from zerotune.engine.deepspeed_config import read_deepspeed_config, resolve, section
 from zerotune.engine.reduction import can_choose
 from zerotune.errors import UserError
 from zerotune.model.activations import WAYS

@@ -58,8 +58,8 @@ def optimizer_states(optim, shapes, itemsize, cuda):
     for each 256 of each; tensors of fewer than 4096 elements have float32 ones (bitsandbytes/optim/optimizer.py:502-531).
     """
     sizes = [prod(shape) for shape in shapes]
-    if optim == "cpu":  # two float32 moments, and a counter that is a number (deepspeed/ops/adam/cpu_adam.py:161)
-        return 0, 2 * FLOAT32 * sum(sizes)
+    if optim == "cpu":  # two moments, and a counter that is a number (deepspeed/ops/adam/cpu_adam.py:161)
+        return 0, 2 * itemsize * sum(sizes)
     if optim == "adafactor":  # rows and columns of the last two dimensions (transformers/optimization.py:1237)
         factored = [prod(s[:-1]) + prod(s[:-2]) * s[-1] if len(s) > 1 else prod(s) for s in shapes]
         return FLOAT32 * sum(factored), 0

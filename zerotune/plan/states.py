@@ -94,7 +94,7 @@ def settings(config, num_processes, mixed_precision, accumulation, cuda):
     """Return what decides sizes in a resolved DeepSpeed config, with DeepSpeed's defaults (zero/config.py, zero/offload_config.py).
 
     Sizes of elements are in bytes: itemsize of weights and local gradients, accumulated of the gradients a step collects,
-    communicated of those that are reduced, master of the weights that the optimizer changes.
+    communicated of those that are reduced, master of the weights that the optimizer changes, moment of its states on a host.
     """
     zero = config["zero_optimization"]
     on = [key for key in NOT_MODELLED if zero.get(key) and (key, zero[key]) != ("zero_hpz_partition_size", 1)]
@@ -117,6 +117,7 @@ def settings(config, num_processes, mixed_precision, accumulation, cuda):
         accumulated=bytes_of.get(section(config, "data_types").get("grad_accum_dtype"), itemsize),  # engine.py:1806
         communicated=bytes_of.get(config.get("communication_data_type"), itemsize),  # engine.py:1719
         master=2 if low_master else FLOAT32,  # base_optimizer.py:523
+        moment=2 if precision.get("bf16_optimizer_states") else FLOAT32,  # of DeepSpeedCPUAdam
         checks_infinity=mixed_precision == "fp16",
         bucket=int(zero.get("reduce_bucket_size", 5e8)),
         buffers=2 if zero.get("overlap_comm", stage == 3) else 1,

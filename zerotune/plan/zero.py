@@ -90,7 +90,7 @@ def flattened(held, parameters, s, optim):
         device[STEP] = gloo_copy(partitions, s)
         pin = s.cuda and s.pin_optimizer
         copies = sum(pinned(size * s.master, pin) + pinned(size * s.itemsize, pin) for size in partitions)  # 560, 573
-        host[OPTIMIZER] = copies + optimizer_states("cpu", [(partition,)], s.master, s.cuda)[1]
+        host[OPTIMIZER] = copies + optimizer_states("cpu", [(partition,)], s.moment, s.cuda)[1]
         host[GRADIENTS] = sum(pinned(size * s.master, pin) for size in partitions) + pinned(largest * s.itemsize, pin)  # 937, 653
         device[GRADIENTS] = largest * s.itemsize + gradients * compact  # 659, 1270
         if s.accumulation > 1 and not compact:  # a tensor for each parameter of the partition: 1824
@@ -217,7 +217,7 @@ def sharded(held, parameters, s, optim):
         if s.offload_optimizer == "nvme":
             on_host = swapped_optimizer(held, trainable, on_host, shard, s)
         host[OPTIMIZER] += sum(on_host) * s.master  # 1160
-        host[OPTIMIZER] += optimizer_states("cpu", [(size,) for size in on_host], s.master, s.cuda)[1]
+        host[OPTIMIZER] += optimizer_states("cpu", [(size,) for size in on_host], s.moment, s.cuda)[1]
         host[GRADIENTS] += sum(pinned(size * s.master, pin) for size in on_host)  # 1338
         device[GRADIENTS] += sum(size for size, _ in on_device) * s.master
         if s.checks_infinity:  # absolute values and a mask of all gradients: 3013

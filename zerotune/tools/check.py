@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from zerotune.engine.deepspeed_config import check_config, read_deepspeed_config, resolve
+from zerotune.engine.deepspeed_checks import check_config
+from zerotune.engine.deepspeed_config import read_deepspeed_config, resolve
 from zerotune.engine.strategy import check_device
 from zerotune.errors import UserError
 from zerotune.run.arguments import parse_arguments

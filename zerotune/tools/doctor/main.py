@@ -17,7 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from zerotune.engine.deepspeed_config import check_build_locks, check_locked_memory, check_nvme, section, uses_nvme
+from zerotune.engine.deepspeed_checks import check_build_locks, check_locked_memory, check_nvme
+from zerotune.engine.deepspeed_config import section, uses_nvme
 from zerotune.errors import UserError
 from zerotune.run.parsing import Parser
 from zerotune.tools.doctor import configuration, losses, machine, ranks
