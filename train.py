@@ -190,6 +190,7 @@ def load_model(run):
         on_host=run.strategy.optimizer_on_host,
         bf16_states=run.strategy.bf16_states,
         births=run.phases and run.phases.births(run.begin),
+        muon_learning_rate=args.muon_learning_rate,
     )
     run.cache = FrozenCache(args, model)
     if args.peft == "adalora":
@@ -313,7 +314,7 @@ def train(run, start):
         run.cache.begin(step)
         learning_rate = run.schedule.lr_at(step - 1)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)  # Muon's matrices have a rate of their own
 
         # Targets of the whole step, over all micro-batches and ranks: the one divisor that makes every cut the same update.
         targets = sum(count_targets(batch) for batch in micro_batches)

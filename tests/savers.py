@@ -48,6 +48,7 @@ SAVERS = {
     "adamw_bnb_8bit": {"optim": "adamw_bnb_8bit", "learning_rate": 0.005},
     "lion_8bit": {"optim": "lion_8bit", "learning_rate": 0.002},
     "lion_32bit": {"optim": "lion_32bit", "learning_rate": 0.002},
+    "muon": {"optim": "muon", "muon_learning_rate": 0.02, "learning_rate": 0.005, "max_grad_norm": 0},
     "packing": {"packing": "true", "learning_rate": 0.005},
     "cached prefix": {"freeze": ["FROZEN"], "frozen_eval": "true", "cache_frozen": "CACHE", "learning_rate": 0.005},
     "freeze_schedule": {"freeze_schedule": "gradual(3)", "learning_rate": 0.005},
@@ -132,7 +133,8 @@ def check(strategy, model, rows, options, folder):
         return f"refused: {line.partition('error: ')[2]}"
     assert code == 0, output[-4000:]
     engine = json.loads((straight / "run.json").read_text())["engine"]
-    assert engine.pop("base_optimizer", engine["optimizer"]) == BITSANDBYTES.get(options.get("optim"), "AdamW")
+    optimizers = BITSANDBYTES | {"muon": "MuonWithAuxAdam"}
+    assert engine.pop("base_optimizer", engine["optimizer"]) == optimizers.get(options.get("optim"), "AdamW")
     if not options.get("quantize"):  # quantised weights are sharded later, when DeepSpeed takes the model over
         check_engine(engine | {"base_optimizer": "AdamW"}, strategy, None)
     losses = records(straight, "loss")

@@ -246,6 +246,16 @@ def flag_problems(config, name, args):
             "--optim adafactor: ZeRO flattens the parameters, which takes away the rows and columns that Adafactor factors; "
             "use --optim adamw_torch_fused, or STRATEGY=ddp or single"
         )
+    if args.optim == "muon":
+        if args.max_grad_norm:
+            problems.append(
+                f"--max_grad_norm {args.max_grad_norm:g}: under ZeRO DeepSpeed 0.19.8 would clip Muon's finished steps by it, in "
+                "place of gradients; give --max_grad_norm 0"
+            )
+        if section(config, "zero_optimization").get("stage") == 3 and section(config, "zero_optimization").get("reduce_scatter"):
+            problems.append(f"{name}: reduce_scatter cuts the gradients that --optim muon needs whole; remove it, or use zero2")
+        if args.reduce == "once":
+            problems.append("--reduce once: has not been seen to go with --optim muon; use --reduce each")
     if args.peft == "adalora":
         problems.append(
             "--peft adalora: moves its ranks by each parameter's gradient after the step, which ZeRO has shared out and released; "

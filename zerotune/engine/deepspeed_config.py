@@ -93,6 +93,8 @@ def resolve(config, name, args, num_processes, hidden_size):
     for key, value in sizes.items():
         if zero.get(key) == "auto":
             zero[key] = value
+    if args.optim == "muon" and zero["stage"] == 3:  # DeepSpeed asks for it: whole matrices have to meet (zero/stage3.py:360)
+        zero.setdefault("reduce_scatter", False)
     for kind in ("offload_optimizer", "offload_param"):
         offload = section(zero, kind)
         if offload.get("nvme_path") == "auto":

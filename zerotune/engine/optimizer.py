@@ -2,6 +2,8 @@
 
 import torch
 
+from zerotune.model.freezing import block_lists
+
 BITSANDBYTES = {  # --optim: its class there
     "adamw_bnb_8bit": "AdamW8bit",
     "paged_adamw_8bit": "PagedAdamW8bit",
@@ -29,7 +31,27 @@ def parameter_groups(model, weight_decay, births=None):
     return [{"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay} for key in sorted(groups)]
 
 
-def build_optimizer(model, *, optim, learning_rate, weight_decay, on_host, bf16_states=False, births=None):
+def muon_groups(model, weight_decay, learning_rate, muon_learning_rate):
+    """Return MuonWithAuxAdam's groups: the matrices of the blocks, embeddings in them left out; all else is AdamW's.
+
+    Each group's `lr_factor` is its rate beside --learning_rate. DeepSpeed reads which is which at the parameters, before it shards.
+    """
+    blocks = {id(p) for path in block_lists(model) for p in model.get_submodule(path).parameters()}
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    matrices = []
+    for group in parameter_groups(model, weight_decay):
+        for parameter in group["params"]:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            parameter.use_muon = len(shape) == 2 and id(parameter) in blocks - embedded
+            matrices += [parameter] if parameter.use_muon else []
+        group["params"] = [parameter for parameter in group["params"] if not parameter.use_muon]
+        if group["params"]:
+            yield group | {"use_muon": False, "betas": (0.9, 0.999), "eps": 1e-8, "lr": learning_rate, "lr_factor": 1.0}
+    factor = muon_learning_rate / learning_rate
+    yield {"params": matrices, "use_muon": True, "weight_decay": weight_decay, "lr": muon_learning_rate, "lr_factor": factor}
+
+
+def build_optimizer(model, *, optim, learning_rate, weight_decay, on_host, bf16_states=False, births=None, muon_learning_rate=None):
     """Return the optimizer over the trainable parameters.
 
     optim: adamw_torch, adamw_torch_fused, adafactor (fixed learning rate, as transformers' Trainer sets it), or one of
@@ -39,6 +61,10 @@ def build_optimizer(model, *, optim, learning_rate, weight_decay, on_host, bf16_
     DeepSpeed wants its moments in bf16, as its JSON says; elsewhere they are of the type of the weights that they are for.
     births: as in parameter_groups.
     """
+    if optim == "muon":
+        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+        return MuonWithAuxAdam([*muon_groups(model, weight_decay, learning_rate, muon_learning_rate)])
     groups = parameter_groups(model, weight_decay, births)
     if on_host:
         from deepspeed.ops.adam import DeepSpeedCPUAdam

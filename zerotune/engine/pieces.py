@@ -39,7 +39,7 @@ class Piece:
 def zero_optimizer(optimizer):
     """Return DeepSpeed's ZeRO optimizer inside accelerate's, None without DeepSpeed."""
     inner = optimizer.optimizer
-    return inner if type(inner).__module__.startswith("deepspeed.runtime") else None
+    return None if isinstance(inner, torch.optim.Optimizer) else inner
 
 
 def base_optimizer(optimizer):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from zerotune.engine.optimizer import BITSANDBYTES
+from zerotune.errors import UserError
 from zerotune.model.freezing import is_quantised
 
 WEIGHTS, FROZEN, GATHERED = "weights", "frozen weights", "gathered weights"
@@ -57,6 +58,8 @@ def optimizer_states(optim, shapes, itemsize, cuda):
     optim: --optim, or "cpu" for DeepSpeedCPUAdam. bitsandbytes' 8-bit states are a code an element (AdamW: two) and a float32 scale
     for each 256 of each; tensors of fewer than 4096 elements have float32 ones (bitsandbytes/optim/optimizer.py:502-531).
     """
+    if optim == "muon":
+        raise UserError("--optim muon: its memory is not modelled")
     sizes = [prod(shape) for shape in shapes]
     if optim == "cpu":  # two moments, and a counter that is a number (deepspeed/ops/adam/cpu_adam.py:161)
         return 0, 2 * itemsize * sum(sizes)

@@ -52,6 +52,15 @@ def check_savers(args):
         "recomputation switches off; use --peft lora, or train without checkpointing",
     )
     need(
+        (args.optim == "muon") == (args.muon_learning_rate is not None),
+        "--optim muon and --muon_learning_rate go together; give both or none",
+    )
+    need(
+        args.optim != "muon" or not kind,
+        f"--optim muon: steps the matrices of a model's blocks, and --peft {kind} has them frozen; use --optim adamw_torch_fused",
+    )
+    need(args.optim != "muon" or args.learning_rate > 0, "--optim muon: --learning_rate has to be above 0 with it")
+    need(
         not (args.gradient_checkpointing == "auto" and args.auto_batch),
         "--gradient_checkpointing auto and --auto_batch are both given, and each would choose by the other; give one",
     )

@@ -245,11 +245,15 @@ class LearningArguments:
         "lion_8bit",
         "paged_lion_32bit",
         "paged_lion_8bit",
+        "muon",
     ] = flag(
         "adamw_torch_fused",
         "Optimizer; 8 bits: a byte a state; lion: one state in place of two, at a tenth of AdamW's rate; paged: states leave a "
         "full GPU for the host.",
         MATHEMATICS,
+    )
+    muon_learning_rate: float | None = flag(
+        None, "Peak rate of the matrices that --optim muon steps; learning_rate is for all else.", MATHEMATICS, range=POSITIVE
     )
     max_grad_norm: float = flag(1.0, "Gradients are scaled down to this L2 norm; 0: never.", MATHEMATICS, range=NOT_NEGATIVE)
     seed: int = flag(42, "Seed of the data order, dropout and new weights.", MATHEMATICS, range=NOT_NEGATIVE)
