@@ -255,7 +255,7 @@ def seven_billion(learns=lambda name: True):
 
 def resolved(name, **flags):
     given = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "mixed_precision": "bf16"}
-    given["max_tokens_per_micro_batch"] = None
+    given |= {"max_tokens_per_micro_batch": None, "optim": "adamw_torch_fused"}
     path = f"ds_configs/{name}.json"
     return resolve(read_deepspeed_config(path), path, SimpleNamespace(**given | flags), 8, 4096)
 
