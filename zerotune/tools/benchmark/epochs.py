@@ -22,6 +22,7 @@ from zerotune.tools.synthetic import build_model, build_rows
 ROOT = Path(__file__).resolve().parents[3]
 T5 = {"model_type": "t5", "vocab_size": 2048, "d_model": 256, "d_kv": 32, "num_heads": 8, "d_ff": 1024, "num_layers": 6}
 MODELS = {"6 + 6 layers": {**T5, "num_decoder_layers": 6}, "6 + 1 layers": {**T5, "num_decoder_layers": 1}}
+MODELS["12 + 1 layers"] = {**T5, "num_layers": 12, "num_decoder_layers": 1}
 KINDS = {"each epoch": False, "cached in the first": True, "read from the first": True}  # the last finds what the second wrote
 
 
@@ -49,13 +50,18 @@ def main():
     parser.add_argument("--num_rows", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=[*MODELS], help="the others' results stay as they are in --out"
+    )
     args = parser.parse_args()
-    found = []
+    path = args.out / "results.json"
+    before = json.loads(path.read_text()) if path.exists() else None
+    found = [run for run in before["runs"] if run["model"] not in args.models] if before else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_rows(folder / "rows.jsonl", args.num_rows, [50, 400], [8, 40])
-        for number, (model, settings) in enumerate(MODELS.items()):
-            build_model(folder / str(number), "seq2seq", settings)
+        for number, model in enumerate(args.models):
+            build_model(folder / str(number), "seq2seq", MODELS[model])
             for repeat in range(args.repeats):
                 for kind, cached in KINDS.items():
                     run = f"{number}-{repeat}-{kind.split()[0]}"
@@ -65,9 +71,11 @@ def main():
                     found.append(row | {"loss": loss, "cache": facts})
                     print(f"{model}, {kind}: {tokens / seconds:,.0f} tokens/s, last loss {loss:.6f}", flush=True)
     environment = environment_facts() | {"command_line": None}
+    if found:
+        environment["git_commit"] = f"{before['environment']['git_commit']}, {environment['git_commit']}"
     results = {"environment": environment, "epochs": args.epochs, "rows": args.num_rows, "runs": found}
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "results.json", results)
+    write_json(path, results)
     (args.out / "table.md").write_text(table(results))
     print(table(results))
 
@@ -82,7 +90,7 @@ def table(results):
         "| model | encoder | tokens/s: median (least-most) | speed | peak GiB | last loss | cache |",
         "|---|---|---|---|---|---|---|",
     ]
-    for model in MODELS:
+    for model in dict.fromkeys(run["model"] for run in results["runs"]):
         speeds = {kind: [r for r in results["runs"] if (r["model"], r["kind"]) == (model, kind)] for kind in KINDS}
         base = [run["tokens_per_second"] for run in speeds["each epoch"]]
         for kind, runs in speeds.items():
