@@ -115,7 +115,7 @@ def setup(args):
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
     )
-    processes.check_processes(accelerator)
+    processes.check_processes(accelerator, args.output_dir)
     set_deterministic(args.deterministic)
     set_tf32(args.tf32)
     console = records.Console(accelerator.is_main_process)
@@ -133,6 +133,7 @@ def load_rows(run):
     named = [name for name in config.id2label.values() if not str(name).startswith("LABEL_")]
     limits = loading.max_positions(config), loading.vocabulary_size(config, run.tokenizer, args.trainable_tokens)
     run.data = processes.first_on_each_node(accelerator, lambda: Data(args, run.tokenizer, named, *limits))
+    processes.check_alike("rows", {split: run.data.digest(split) for split in run.data.rows})
     run.data_report = run.data.report()
     for split, facts in run.data_report.items():
         run.console.say(f"data: {describe(split, facts)}")
@@ -314,7 +315,7 @@ def train(run, start):
         run.cache.begin(step)
         learning_rate = run.schedule.lr_at(step - 1)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("lr_factor", 1.0)  # Muon's matrices have a rate of their own
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)  # Muon's
 
         # Targets of the whole step, over all micro-batches and ranks: the one divisor that makes every cut the same update.
         targets = sum(count_targets(batch) for batch in micro_batches)

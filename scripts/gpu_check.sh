@@ -59,7 +59,7 @@ keep() {
 # gpu_tests: five groups side by side, as most of a test's time is a start of Python.
 gpu_tests() {
     local group number=0 ends=0
-    for group in trajectory bf16 "fp16 or checkpointing" savers planned; do
+    for group in trajectory bf16 "fp16 or checkpointing" savers "planned or compiled or activations"; do
         number=$((number + 1))
         "$PYTHON" -m pytest -m gpu -v -k "$group" --basetemp "$scratch/tests_$number" -p no:cacheprovider >"$scratch/tests_$number.txt" &
     done

@@ -5,7 +5,8 @@
 # DRY_RUN=1 prints the command instead of running it. Environment, with defaults:
 #   STRATEGY=zero2         a file of accelerate_configs/ without .yaml
 #   NUM_PROCESSES          GPUs here, or 2 processes on the CPU; with several machines: over all of them
-#   NUM_MACHINES=1         with MACHINE_RANK, MAIN_PROCESS_IP and MAIN_PROCESS_PORT for more
+#   NUM_MACHINES=1         with MACHINE_RANK, MAIN_PROCESS_IP and MAIN_PROCESS_PORT=29500 for more, the same line on each; machine
+#                          0 waits MACHINES_TIMEOUT=300 seconds for the others (docs/clusters.md)
 #   OMP_NUM_THREADS        cores divided by the processes of this machine
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -46,8 +47,8 @@ launch=("$accelerate")
 [[ -x $accelerate ]] || launch=("$PYTHON" -m accelerate.commands.launch)
 launch+=(--config_file "$config" --num_processes "$NUM_PROCESSES")
 if ((NUM_MACHINES > 1)); then
-    launch+=(--num_machines "$NUM_MACHINES" --machine_rank "${MACHINE_RANK:?0 to $((NUM_MACHINES - 1))}")
-    launch+=(--main_process_ip "${MAIN_PROCESS_IP:?the address of machine 0}" --main_process_port "${MAIN_PROCESS_PORT:-29500}")
+    launch+=(--num_machines "$NUM_MACHINES" --machine_rank "${MACHINE_RANK:=}")
+    launch+=(--main_process_ip "${MAIN_PROCESS_IP:=}" --main_process_port "${MAIN_PROCESS_PORT:-29500}")
     [[ $STRATEGY == zero* ]] && launch+=(--deepspeed_multinode_launcher standard)
 fi
 if [[ $STRATEGY == single ]]; then
@@ -61,8 +62,19 @@ for word in "$@"; do
     fi
 done
 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m zerotune check "$config" "$NUM_PROCESSES" "$@"
+if ((NUM_MACHINES > 1)) && [[ $STRATEGY != single ]]; then
+    # The other machines have to answer, and to be alike; gloo and NCCL get the interface that leads to machine 0.
+    export STRATEGY NUM_MACHINES MACHINE_RANK MAIN_PROCESS_IP
+    network="$(PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m zerotune machines "$config" "$NUM_PROCESSES" "$@")"
+    while IFS='=' read -r name value; do
+        [[ -z $name ]] || export "$name=$value"
+    done <<<"$network"
+fi
 if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf 'OMP_NUM_THREADS=%s %s' "$OMP_NUM_THREADS" "${DS_ACCELERATOR:+DS_ACCELERATOR=$DS_ACCELERATOR }"
+    for name in GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME; do
+        [[ -z ${!name:-} ]] || printf '%s=%s ' "$name" "${!name}"
+    done
     printf '%q ' "${launch[@]}"
     echo
     exit 0

@@ -65,8 +65,8 @@ def test_a_launch_is_what_launch_sh_starts(environment, tiny, rows16, tmp_path):
         ({"STRATEGY": "zero9"}, "STRATEGY=zero9 is not known; allowed: cpu ddp single zero1"),
         ({"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two is not a whole number"),
         ({"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0 is not a whole number"),
-        ({"NUM_MACHINES": "2", "MAIN_PROCESS_IP": "a"}, "MACHINE_RANK: 0 to 1"),
-        ({"NUM_MACHINES": "2", "MACHINE_RANK": "0"}, "MAIN_PROCESS_IP: the address of machine 0"),
+        ({"NUM_MACHINES": "2", "MAIN_PROCESS_IP": "a"}, "MACHINE_RANK=: must be a whole number, at least 0"),
+        ({"NUM_MACHINES": "2", "MACHINE_RANK": "0"}, "MAIN_PROCESS_IP: give the address of machine 0"),
     ],
 )
 def test_an_environment_that_launch_sh_refuses(environment, words):

@@ -13,7 +13,7 @@ from test_equivalence import FLAGS, reference
 
 import train as script
 from zerotune.model import loading
-from zerotune.model.activations import enable_gradient_checkpointing
+from zerotune.model.activations import enable_gradient_checkpointing, offload_activations
 from zerotune.model.freezing import apply_rules
 from zerotune.model.loss import token_losses
 from zerotune.plan.allocator import replay
@@ -152,9 +152,48 @@ def test_checkpointing_leaves_a_frozen_prefix_alone():
     assert all(torch.allclose(plain[name], recomputed[name], rtol=1e-3, atol=1e-5) for name in plain)
 
 
+@pytest.mark.parametrize("strategy", [None, "zero2"])
+def test_compiled_blocks(train_one, tiny, rows16, strategy):
+    """Losses of the blocks as they are written, in float32 and by Triton's kernels; a few graphs for rows of any length."""
+    options = {"model_name_or_path": tiny("t5"), "train_file": rows16, "per_device_train_batch_size": 4, **FLAGS}
+    plain = train_one(strategy, name="plain", **options)
+    compiled = train_one(strategy, name="compiled", torch_compile=True, **options)
+    losses = [[record["loss"] for record in run.records("loss")] for run in (plain, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and compiled.records("compiled_graphs")[-1]["compiled_graphs"] <= 12
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_wait_on_the_host(checkpointing):
+    """The same gradients, and less of the GPU's memory at the peak."""
+    model_class, config = tiny_config("llama", 0.0)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 1024, 8
+    torch.manual_seed(0)
+    model = model_class(config).cuda().train()
+    ids = torch.randint(4, 60, (16, 128), device="cuda")
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+
+    def step():
+        model.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        token_losses(model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return gradients, torch.cuda.max_memory_allocated()
+
+    step()
+    plain, plain_peak = step()
+    offload_activations(model)
+    step()
+    away, peak = step()
+    assert peak < plain_peak
+    assert all(torch.allclose(plain[name], away[name], rtol=1e-3, atol=1e-5) for name in plain)
+
+
+SAVERS = peaks.SAVERS | {"activations on the host": {"activation_offload": True}}
 PLANNED = list(
     itertools.product(("t5", "llama"), ("all", "last two blocks", "LoRA"), ("", "checkpointing, pieces"), ("short", "long"))
 )
+PLANNED += [(model, "all", "activations on the host", "long") for model in ("t5", "llama")]
 
 
 @pytest.mark.parametrize("model, learns, saver, shape", PLANNED)
@@ -164,7 +203,7 @@ def test_planned_memory_is_what_cuda_takes(model, learns, saver, shape):
     config = transformers.AutoConfig.for_model(vocab_size=peaks.NUM_WORDS, pad_token_id=0, **settings)
     if task == "seq2seq":
         config.decoder_start_token_id = 0
-    args = Arguments(task=task, model_name_or_path="none", **peaks.LEARNS[task][learns] | peaks.SAVERS[saver])
+    args = Arguments(task=task, model_name_or_path="none", **peaks.LEARNS[task][learns] | SAVERS[saver])
     rows, source, target = peaks.SHAPES[shape]
     lengths = [part if isinstance(part, int) else part[1] for part in (source, target)]
     size = Shape(rows, lengths[0], lengths[1] if task == "seq2seq" else 0, padded=shape == "short")

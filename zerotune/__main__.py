@@ -15,6 +15,7 @@ TOOLS = {  # name: (module with a main(words), what it does)
     "compare": ("compare", "draw several runs in one page, with a table of their differences in flags and results"),
     "demo": ("demo", "make the quickstart's model and rows, or report its runs"),
     "doctor": ("doctor.main", "check machine, configuration and numbers of a launch: fine, will hurt, will fail, with the fix"),
+    "machines": ("machines", "before a launch on several machines: the way to machine 0, who is there, and what differs"),
     "hardware": ("hardware", "print the peak FLOP/s of this machine's device, of which MFU is a share"),
     "plan": ("plan", "predict memory and speed of every strategy before a launch: what fits, and what to launch"),
     "wheelhouse": ("wheelhouse", "collect the wheels that an air-gapped machine lacks"),

@@ -2,6 +2,7 @@
 
 import torch
 
+from zerotune.errors import UserError
 from zerotune.model.freezing import block_lists
 
 BITSANDBYTES = {  # --optim: its class there
@@ -35,6 +36,7 @@ def muon_groups(model, weight_decay, learning_rate, muon_learning_rate):
     """Return MuonWithAuxAdam's groups: the matrices of the blocks, embeddings in them left out; all else is AdamW's.
 
     Each group's `lr_factor` is its rate beside --learning_rate. DeepSpeed reads which is which at the parameters, before it shards.
+    UserError if there is nothing for Muon.
     """
     blocks = {id(p) for path in block_lists(model) for p in model.get_submodule(path).parameters()}
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
@@ -47,6 +49,8 @@ def muon_groups(model, weight_decay, learning_rate, muon_learning_rate):
         group["params"] = [parameter for parameter in group["params"] if not parameter.use_muon]
         if group["params"]:
             yield group | {"use_muon": False, "betas": (0.9, 0.999), "eps": 1e-8, "lr": learning_rate, "lr_factor": 1.0}
+    if not matrices:
+        raise UserError("--optim muon: no matrix of a block learns; use --optim adamw_torch_fused")
     factor = muon_learning_rate / learning_rate
     yield {"params": matrices, "use_muon": True, "weight_decay": weight_decay, "lr": muon_learning_rate, "lr_factor": factor}
 
@@ -54,8 +58,8 @@ def muon_groups(model, weight_decay, learning_rate, muon_learning_rate):
 def build_optimizer(model, *, optim, learning_rate, weight_decay, on_host, bf16_states=False, births=None, muon_learning_rate=None):
     """Return the optimizer over the trainable parameters.
 
-    optim: adamw_torch, adamw_torch_fused, adafactor (fixed learning rate, as transformers' Trainer sets it), or one of
-    BITSANDBYTES.
+    optim: adamw_torch, adamw_torch_fused, adafactor (fixed learning rate, as transformers' Trainer sets it), one of BITSANDBYTES,
+    or muon, with muon_learning_rate.
     on_host: DeepSpeed keeps optimizer states in host memory or on NVMe; AdamW is then DeepSpeed's own C++ one. accelerate
     would make that exchange by itself and without a word, so it is made here, where the log and run.json show it. bf16_states:
     DeepSpeed wants its moments in bf16, as its JSON says; elsewhere they are of the type of the weights that they are for.

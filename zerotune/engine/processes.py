@@ -4,10 +4,12 @@ import contextlib
 import functools
 import os
 import socket
+import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from zerotune.engine.deepspeed_config import section
 from zerotune.engine.ending import STARTED_AGAIN
@@ -39,12 +41,45 @@ def meet_again():
     os.environ |= {"MASTER_PORT": agent.get(key).decode(), own_store: "False"}
 
 
-def check_processes(accelerator):
-    """Raise RuntimeError if accelerate runs fewer processes than were launched: each would train alone on the same rows."""
+def check_processes(accelerator, output_dir):
+    """Raise RuntimeError if accelerate runs fewer processes than were launched: each would train alone on the same rows.
+
+    UserError on every rank if the machines do not see one output_dir; a collective.
+    """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise RuntimeError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}")
-    neighbours()  # while all ranks are there
+    if len(neighbours()) + 1 < launched:  # called while all ranks are there
+        check_shared(accelerator, output_dir)
+
+
+def check_shared(accelerator, folder):
+    """Raise UserError, on every rank, unless all machines see what the main process writes into a folder; a collective."""
+    token = Path(folder) / broadcast_object_list([f".seen-by-all-{os.getpid()}-{time.time_ns()}"])[0]
+    if accelerator.is_main_process:
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    accelerator.wait_for_everyone()
+    # NFS remembers for 60 seconds by default that a folder was not there.
+    until = time.monotonic() + float(os.environ.get("MACHINES_SHARED_TIMEOUT", 60))
+    while not token.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    blind = gather_object([] if token.exists() else [socket.gethostname()])
+    if accelerator.is_main_process:
+        token.unlink()
+    if blind:
+        raise UserError(
+            f"--output_dir {folder}: is not one folder for all machines: {', '.join(sorted(set(blind)))} did not see what "
+            "machine 0 wrote there; give a folder on a file system that they share"
+        )
+
+
+def check_alike(what, value):
+    """Raise UserError, on every rank, unless a value is the same on all of them; a collective."""
+    values = gather_object([value])
+    others = [str(rank) for rank, other in enumerate(values) if other != values[0]]
+    if others:
+        raise UserError(f"{what}: on process {', '.join(others[:8])} others than on process 0; make the machines' files the same")
 
 
 @functools.cache

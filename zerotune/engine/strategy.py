@@ -5,6 +5,7 @@
 
 import importlib.util
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +101,9 @@ def check_device(args):
             )
         if args.memory_snapshot:
             problems.append("--memory_snapshot: records a GPU's allocator, and this machine's device is a CPU; leave it out")
+        if (args.torch_compile or args.optim == "muon") and not shutil.which(os.environ.get("CXX", "g++")):
+            flag = "--torch_compile" if args.torch_compile else "--optim muon"
+            problems.append(f"{flag}: compiles for this CPU, and there is no C++ compiler; Debian: apt install g++")
         if args.liger:
             problems.append("--liger: its kernels are written in Triton for GPUs, and this machine's device is a CPU; leave it out")
         if args.tf32:

@@ -67,6 +67,16 @@ def from_host(packed):
     return save_on_cpu(pin_memory=packed[0].type == "cuda").unpack_hook(packed)
 
 
+def is_weight(tensor):
+    """Tell whether what autograd saves is a weight, a view of one, or autocast's copy of one in 16 bits, which stays as well."""
+    source = tensor if tensor._base is None else tensor._base  # autograd hands over views that are detached
+    if isinstance(source, nn.Parameter):
+        return True
+    if source.grad_fn is None or source.grad_fn.name() != "ToCopyBackward0":
+        return False
+    return isinstance(getattr(source.grad_fn.next_functions[0][0], "variable", None), nn.Parameter)
+
+
 def wait_on_host(block):
     """Give a block a forward whose saved tensors wait in host memory."""
     block_forward = block.forward
@@ -75,8 +85,7 @@ def wait_on_host(block):
         kept = {t.untyped_storage()._cdata for t in tree_leaves((args[1:], kwargs)) if isinstance(t, torch.Tensor)}
 
         def pack(tensor):
-            weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
-            stays = weight or not tensor.is_floating_point() or tensor.untyped_storage()._cdata in kept
+            stays = is_weight(tensor) or not tensor.is_floating_point() or tensor.untyped_storage()._cdata in kept
             return tensor if stays else to_host(tensor)
 
         with saved_tensors_hooks(pack, lambda packed: packed if isinstance(packed, torch.Tensor) else from_host(packed)):

@@ -16,6 +16,7 @@ def compile_blocks(model):
     and generation run the blocks as they are written: caches that grow would be compiled ever anew.
     """
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    torch._dynamo.config.optimize_ddp = False  # it would cut each block again, for gradients to leave early: blocks are the cuts
     for path in block_lists(model):
         for block in model.get_submodule(path):
             compile_block(block)

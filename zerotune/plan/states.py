@@ -132,7 +132,6 @@ def settings(config, num_processes, mixed_precision, accumulation, cuda):
         reuse=int(zero.get("stage3_max_reuse_distance", 1e9)),
         offload_optimizer=optimizer.get("device", "none"),
         optimizer_buffers=optimizer.get("buffer_count", 4),
-        ratio=optimizer.get("ratio", 1.0),
         pin_optimizer=optimizer.get("pin_memory", True),
         offload_param=param.get("device", "none"),
         param_buffers=param.get("buffer_count", 5),

@@ -20,6 +20,7 @@ from zerotune.errors import UserError
 from zerotune.model import activations
 from zerotune.model.loading import decoder_inputs
 from zerotune.plan.empty import states_of
+from zerotune.plan.parameters import pinned
 
 GRADIENT, LOGITS, ACTIVATION, COPY = "gradients", "logits", "activations", "converted weights"
 
@@ -30,7 +31,7 @@ class Trace:
 
     events: list = field(default_factory=list)
     categories: dict = field(default_factory=dict)  # block -> one of the four above
-    host_bytes: int = 0  # of activations that wait there, of the micro-batch with most
+    host_bytes: int = 0  # of activations that wait there, pinned, of the micro-batch with most
     flops: int = 0  # of its matrix products, what is recomputed counted again
 
     def peak(self, leave_out=(), beside=None, num_bytes=1):
@@ -188,13 +189,13 @@ def as_on_gpu(recorder):
     originals = activations.to_host, activations.from_host
 
     def to_host(tensor):
-        recorder.waiting += tensor.numel() * tensor.element_size()
+        recorder.waiting += pinned(tensor.numel() * tensor.element_size(), True)
         recorder.trace.host_bytes = max(recorder.trace.host_bytes, recorder.waiting)
         return tensor.shape, tensor.dtype
 
     def from_host(packed):
         tensor = torch.empty(packed[0], dtype=packed[1])
-        recorder.waiting -= tensor.numel() * tensor.element_size()
+        recorder.waiting -= pinned(tensor.numel() * tensor.element_size(), True)
         return tensor
 
     activations.to_host, activations.from_host = to_host, from_host

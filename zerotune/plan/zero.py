@@ -212,17 +212,14 @@ def sharded(held, parameters, s, optim):
     else:
         pin = s.cuda and s.pin_optimizer
         host[GRADIENTS] = pinned(flat, pin)
-        first = int((1 - s.ratio) * len(sub_groups))  # 1105
-        on_device, on_host = sub_groups[:first], [size for size, _ in sub_groups[first:]]
+        on_device, on_host = [], [size for size, _ in sub_groups]
         if s.offload_optimizer == "nvme":
             on_host = swapped_optimizer(held, trainable, on_host, shard, s)
         host[OPTIMIZER] += sum(on_host) * s.master  # 1160
         host[OPTIMIZER] += optimizer_states("cpu", [(size,) for size in on_host], s.moment, s.cuda)[1]
         host[GRADIENTS] += sum(pinned(size * s.master, pin) for size in on_host)  # 1338
-        device[GRADIENTS] += sum(size for size, _ in on_device) * s.master
         if s.checks_infinity:  # absolute values and a mask of all gradients: 3013
             host[STEP] = max(host[STEP], flat + elements)
-        optim = "adamw_torch"  # of the sub-groups that a ratio below 1 leaves on the device
     sizes = [(size,) for size, _ in on_device]
     states_on_device, counters = optimizer_states(optim, sizes, s.master, s.cuda)
     # In float32, too, the masters are copies: the test that would spare them compares a device with its name (1163).
@@ -254,8 +251,8 @@ def sharded_step(s, optim, sub_groups, elements, largest_shard):
     sub_groups: (elements, parameters) of those that are stepped on the device; elements: of all shards that are trained. Gathered
     weights are released before it begins (zero/stage3.py:2878).
     """
-    if s.offload_optimizer != "none":  # gradients of sub-groups that a ratio leaves on the device are there in float32 already
-        return max((optimizer_temporaries(optim, [(size,)], s.master, s.cuda) for size, _ in sub_groups), default=0)
+    if s.offload_optimizer != "none":
+        return 0
     most = largest_shard * FLOAT64  # the norm, shard by shard: 2457
     if s.checks_infinity:
         most = max(most, elements * (s.accumulated + 1))  # 3013

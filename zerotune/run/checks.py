@@ -59,6 +59,8 @@ def check_savers(args):
         args.optim != "muon" or not kind,
         f"--optim muon: steps the matrices of a model's blocks, and --peft {kind} has them frozen; use --optim adamw_torch_fused",
     )
+    planned = args.auto_batch or args.probe_longest_batch or args.gradient_checkpointing == "auto"
+    need(args.optim != "muon" or not planned, "--optim muon: its memory is not planned; leave out what goes by the plan")
     need(args.optim != "muon" or args.learning_rate > 0, "--optim muon: --learning_rate has to be above 0 with it")
     need(
         not (args.gradient_checkpointing == "auto" and args.auto_batch),

@@ -56,5 +56,6 @@ def compare(saved, present, accepted, folder):
 
 
 def moved(saved, present):
-    """Return words for each entry of two layouts that differs."""
-    return [f"{name} {saved.get(name)} -> {value}" for name, value in present.items() if saved.get(name) != value]
+    """Return words for each entry of two layouts that differs; a flag that the saved run did not know yet has its default."""
+    before = vars(Arguments()) | saved
+    return [f"{name} {before.get(name)} -> {value}" for name, value in present.items() if before.get(name) != value]

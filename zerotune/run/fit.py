@@ -123,7 +123,8 @@ class Fit:
             forecast = self.forecast()
             choice, problem = forecast.gradient_checkpointing, forecast.problem
             why = "fits" if forecast.fits else "does not fit, by the plan, and nothing else would"
-            say(f"gradient_checkpointing: {str(choice).lower()}, which {why}: {gib(forecast.device_bytes)} GiB are planned")
+            if problem is None:
+                say(f"gradient_checkpointing: {str(choice).lower()}, which {why}: {gib(forecast.device_bytes)} GiB are planned")
         args.gradient_checkpointing, problem = broadcast_object_list([choice, problem])
         if problem:
             raise UserError(f"--gradient_checkpointing auto: {problem}")

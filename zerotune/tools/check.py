@@ -44,6 +44,8 @@ def check_launch(path, num_processes, flags):
         or args.memory_snapshot
         or args.tf32
         or args.attn_implementation
+        or args.torch_compile
+        or args.optim == "muon"
         else []
     )
     json_path = (content.get("deepspeed_config") or {}).get("deepspeed_config_file")

@@ -56,7 +56,8 @@ def main():
     args = parser.parse_args()
     path = args.out / "results.json"
     before = json.loads(path.read_text()) if path.exists() else None
-    found = [run for run in before["runs"] if run["model"] not in args.models] if before else []
+    kept = [run for run in before["runs"] if run["model"] not in args.models] if before else []
+    found = [*kept]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_rows(folder / "rows.jsonl", args.num_rows, [50, 400], [8, 40])
@@ -71,7 +72,7 @@ def main():
                     found.append(row | {"loss": loss, "cache": facts})
                     print(f"{model}, {kind}: {tokens / seconds:,.0f} tokens/s, last loss {loss:.6f}", flush=True)
     environment = environment_facts() | {"command_line": None}
-    if found:
+    if kept:
         environment["git_commit"] = f"{before['environment']['git_commit']}, {environment['git_commit']}"
     results = {"environment": environment, "epochs": args.epochs, "rows": args.num_rows, "runs": found}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from zerotune.engine.deepspeed_config import read_deepspeed_config, section
 from zerotune.errors import UserError
 from zerotune.tools.benchmark.cells import REASON
 from zerotune.tools.benchmark.main import child_limits, end
+from zerotune.tools.machines import place_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -35,7 +36,7 @@ def launch_of(environment):
     if strategy not in allowed:
         raise UserError(f"STRATEGY={strategy} is not known; allowed: {' '.join(allowed)}")
     numbers = {}
-    for name in ("NUM_MACHINES", "NUM_PROCESSES", "MACHINE_RANK", "MAIN_PROCESS_PORT"):
+    for name in ("NUM_MACHINES", "NUM_PROCESSES"):
         word = environment.get(name) or ""
         if word and (not word.isdigit() or (name.startswith("NUM") and int(word) < 1)):
             raise UserError(f"{name}={word} is not a whole number; give one")
@@ -43,12 +44,8 @@ def launch_of(environment):
     machines = 1 if strategy == "single" else numbers["NUM_MACHINES"] or 1
     gpus = count_gpus(strategy, environment)
     processes = 1 if strategy == "single" else numbers["NUM_PROCESSES"] or gpus * machines or 2
-    if machines > 1 and numbers["MACHINE_RANK"] not in range(machines):
-        raise UserError(f"MACHINE_RANK: 0 to {machines - 1}")
-    if machines > 1 and not environment.get("MAIN_PROCESS_IP"):
-        raise UserError("MAIN_PROCESS_IP: the address of machine 0")
-    address = environment["MAIN_PROCESS_IP"] if machines > 1 else "127.0.0.1"
-    rank, port = (numbers["MACHINE_RANK"], numbers["MAIN_PROCESS_PORT"] or 29500) if machines > 1 else (0, 0)
+    # That the machines do not divide the processes is a finding, and no mistake that ends the doctor.
+    _, rank, address, port = place_of(environment, machines) if machines > 1 else (1, 0, "127.0.0.1", 0)
     return Launch(strategy, processes, machines, rank, address, port, gpus)
 
 

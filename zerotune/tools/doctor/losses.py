@@ -14,6 +14,7 @@ from zerotune.run.groups import BestArguments
 from zerotune.tools.benchmark.cells import OUT_OF_MEMORY
 from zerotune.tools.doctor.finding import fails, fine, hurts, of_problem
 from zerotune.tools.doctor.launch import ROOT, reason_of, run_to_end
+from zerotune.tools.machines import COMPARED
 
 STEPS = 3
 # Relative differences of a loss. In float32 both are the same sum in another order, and tests/test_equivalence.py holds every
@@ -179,13 +180,16 @@ def compare(launch, environment, args, configuration, folder):
     With several machines the first one compares: the records are there.
     """
     folder, name = Path(folder), Path(args.model_name_or_path).name
-    given = model_without_dropout(args, configuration, folder / "model"), rows_of_hub(args, folder)
+    # On several machines the folder is one for all, and each makes what it reads itself.
+    own = folder / str(launch.rank)
+    own.mkdir(exist_ok=True)
+    given = model_without_dropout(args, configuration, own / "model"), rows_of_hub(args, own)
     dropout = ", without dropout" if given[0] != args.model_name_or_path else ""
 
     def run(who, accumulation, **more):
-        out, log = folder / who, folder / f"{who}.log"
+        out, log = folder / who, own / f"{who}.log"
         words = compared(args, *given, out, accumulation)
-        code = run_to_end(["bash", ROOT / "scripts" / "launch.sh", *words], environment | more, log)
+        code = run_to_end(["bash", ROOT / "scripts" / "launch.sh", *words], environment | {COMPARED: "1"} | more, log)
         shutil.rmtree(out / "final", ignore_errors=True)  # as large as the model
         return code, log.read_text(errors="replace")
 

@@ -9,9 +9,11 @@ other flags are train.py's. Exit code: 0 all is fine, 1 something will hurt, 2 s
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -96,6 +98,22 @@ def check_numbers(launch, environment, args, folder, speed):
     ]
 
 
+@contextlib.contextmanager
+def folder_of(launch, parent):
+    """Make a folder for the doctor's files, and remove it; on several machines it is one for all, which machine 0 removes."""
+    if launch.machines == 1:
+        with tempfile.TemporaryDirectory(prefix="doctor-", dir=parent, ignore_cleanup_errors=True) as folder:
+            yield folder
+        return
+    folder = Path(parent or tempfile.gettempdir()) / f"doctor-{launch.address}-{launch.port}"
+    folder.mkdir(exist_ok=True)
+    try:
+        yield folder
+    finally:
+        if launch.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def examine(words, environment, size, say=lambda text: None):
     """Return all findings on a launch; words: train.py's flags, none for the machine alone; say: hears what is going on."""
     launch = launch_of(environment)
@@ -107,7 +125,7 @@ def examine(words, environment, size, say=lambda text: None):
     reached, speed = places.verdict != "will fail", None
     # final/ is written into it: it has to be where there is room for one.
     parent = next(path for path in Path(args.output_dir).resolve().parents if path.is_dir()) if args else None
-    with tempfile.TemporaryDirectory(prefix="doctor-", dir=parent, ignore_cleanup_errors=True) as folder:
+    with folder_of(launch, parent) as folder:
         if reached and launch.processes > 1:
             say("a round trip between all ranks")
             found, speed = ranks.measure(launch, environment, folder)

@@ -6,8 +6,10 @@ import socket
 import sys
 from pathlib import Path
 
+from zerotune.errors import UserError
 from zerotune.tools.doctor.finding import fails, fine, hurts
 from zerotune.tools.doctor.launch import reason_of, run_to_end, stop
+from zerotune.tools.machines import network
 
 SIZE = 64 * 2**20  # bytes; large enough that the link and not the latency is measured
 TIMEOUT_SECONDS = 60  # for a rank's part; the start of Python and torch, on a busy machine, comes on top
@@ -86,7 +88,11 @@ def check_same_versions(versions):
 
 def measure(launch, environment, folder, size=SIZE, timeout=TIMEOUT_SECONDS, start=START_SECONDS):
     """Start the ranks and return (findings, bytes/s or None if they did not answer); folder: for their files."""
-    backend, result, log = "nccl" if launch.gpus else "gloo", Path(folder) / "ranks.json", Path(folder) / "ranks.log"
+    backend, result, log = (
+        "nccl" if launch.gpus else "gloo",
+        Path(folder) / f"ranks-{launch.rank}.json",
+        Path(folder) / f"ranks-{launch.rank}.log",
+    )
     port = launch.port + 1  # another than the launch's, which follows on another machine before this one's agent is gone
     if launch.machines == 1:
         with socket.socket() as free:
@@ -95,6 +101,11 @@ def measure(launch, environment, folder, size=SIZE, timeout=TIMEOUT_SECONDS, sta
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", launch.machines, "--node_rank", launch.rank]
     command += ["--nproc_per_node", launch.here, "--master_addr", launch.address, "--master_port", port]
     command += ["--module", "zerotune.tools.doctor.worker", backend, size, result, timeout]
+    if launch.machines > 1:  # as scripts/launch.sh does
+        try:
+            environment = network(environment, (launch.machines, launch.rank, launch.address, launch.port)) | environment
+        except UserError as error:
+            return [fails("round trip", error.problems[0], interface_fix(backend, launch.machines))], None
     environment = {"OMP_NUM_THREADS": "1", **environment, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
     code = run_to_end(command, environment, log, timeout + start, stop)
     if not result.exists():
