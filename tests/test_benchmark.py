@@ -221,6 +221,12 @@ def test_shipped_matrices_are_right():
     from zerotune.tools.benchmark.main import parse, read_matrix
 
     shipped = sorted((ROOT / "benchmarks").glob("*.yaml"))
+    growth = yaml.safe_load((ROOT / "benchmarks" / "growth.yaml").read_text())  # of another kind: tests/overhead.py
+    strategies = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert growth.keys() == {"models", "cells"} and all(model["task"] for model in growth["models"].values())
+    for model, strategy, processes, *numbers in growth["cells"]:
+        assert model in growth["models"] and strategy in strategies and processes >= 1 and len(numbers) in (3, 4)
+    shipped = [path for path in shipped if path.stem != "growth"]
     assert len(shipped) >= 4
     for path in shipped:
         words = ["--matrix", str(path), "--out", "unused"] + (["--peer", "trainer"] if "peer" in path.stem else [])
