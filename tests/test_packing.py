@@ -233,7 +233,7 @@ def test_what_is_refused():
 
 
 CELLS = {
-    "t5-ddp": ("t5", "ddp", {}),
+    "t5-ddp": ("t5", "ddp", {"peft": "lora"}),
     "t5-zero3": ("t5", "zero3", {"freeze": "encoder", "gradient_checkpointing": True, "loss_chunks": 2}),
     "bart-zero1": ("bart", "zero1", {"freeze": "encoder", "unfreeze": "encoder.layers[-1]"}),
     "llama-zero2": ("llama", "zero2", {"peft": "lora", "loss_chunks": 3, "gradient_checkpointing": True}),

@@ -79,6 +79,7 @@ def pack_forward(model):
             return model_forward(*args, **kwargs)
         if encoder is None:
             return model_forward(*args, **kwargs, position_ids=places_in_rows(token_rows))
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # peft names every input, most of them None
         causal = torch.ones(target_rows.shape[1], target_rows.shape[1], dtype=torch.bool, device=target_rows.device).tril()
         try:
             positions = places_in_rows(token_rows)
