@@ -132,6 +132,40 @@ def test_the_table_of_rows_is_the_committed_result():
     assert table in (ROOT / "benchmarks/cpu/rows/table.md").read_text()
 
 
+def ladder_lines(results):
+    """Return the lines of docs/benchmarks.md for benchmarks/ladder.yaml: speed, beside the step before and naive, MB, loss."""
+    speeds, peaks, lines, before = {}, {}, [], None
+    for cell in results["cells"]:
+        if isinstance(cell["repeat"], int):
+            speeds.setdefault(cell["set"], {})[cell["repeat"]] = cell["mean_tokens_per_second"]
+            peaks.setdefault(cell["set"], []).append(cell["step_peak_gib"] * 2**30 / 1e6)
+
+    def beside(mine, other):
+        if other is None:
+            return "-"
+        ratios = sorted(speeds[mine][repeat] / speeds[other][repeat] for repeat in speeds[mine])
+        return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+
+    rows = {row["set"]: row for row in results["rows"]}
+    for name in results["matrix"]["sets"]:
+        row, tensors = rows[name], rows[name]["memory_gib"]["host"]
+        above = before if name.startswith("+") else None
+        sizes = " | ".join(f"{tensors[kind] * 2**30 / 1e6:,.1f}" for kind in ("weights", "gradients", "optimizer"))
+        speed = statistics.median(speeds[name].values())
+        lines.append(
+            f"| {name} | {speed:,.0f} | {beside(name, above)} | {beside(name, 'naive')} | {sizes} | "
+            f"{statistics.median(peaks[name]):,.0f} | {row['padding_fraction']:.0%} | {row['final_loss']:.4f} |"
+        )
+        before = name
+    return lines
+
+
+def test_the_ladder_is_the_committed_result():
+    results = json.loads((ROOT / "benchmarks/cpu/ladder/results.json").read_text())
+    assert len(results["rows"]) == 12 and results["matrix"]["repeats"] == 3
+    assert "\n".join(ladder_lines(results)) in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
 def saver_lines(results):
     """Return the lines of docs/memory_savers.md for benchmarks/savers.yaml: the fastest first, tensors in MB, peak in GiB."""
     rows = sorted(results["rows"], key=lambda row: -(row["speed_ratio"] or {"median": 1})["median"])
