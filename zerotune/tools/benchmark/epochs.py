@@ -39,6 +39,7 @@ def train(folder, model, name, cache, epochs):
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "step_seconds" in record]
     facts = json.loads((output / "run.json").read_text()).get("frozen_cache", {})
+    facts.pop("folder", None)  # a temporary one
     peak = max(record["peak_host_memory_gib"] for record in steps)
     seconds = sum(record["step_seconds"] for record in steps)
     return sum(record["real_tokens"] for record in steps), seconds, peak, steps[-1]["loss"], facts
