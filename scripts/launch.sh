@@ -22,6 +22,13 @@ if [[ ! -f $config ]]; then
     exit 2
 fi
 
+for name in NUM_MACHINES NUM_PROCESSES; do
+    if [[ -n ${!name:-} && ! ${!name} =~ ^[1-9][0-9]*$ ]]; then
+        echo "launch.sh: $name=${!name} is not a whole number; give one" >&2
+        exit 2
+    fi
+done
+
 if [[ $STRATEGY == cpu ]]; then
     gpus=0
 elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then # empty: none

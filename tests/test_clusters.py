@@ -116,6 +116,13 @@ def test_places_that_cannot_be(flags, port):
         assert found[0] == 2 and words in found[2] and "Traceback" not in found[2], found
 
 
+def test_numbers_that_are_none(flags):
+    for name, word in (("NUM_MACHINES", "two"), ("NUM_PROCESSES", "0")):
+        command = ["bash", "scripts/launch.sh", *flags_of(flags)]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, name: word}, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (2, f"launch.sh: {name}={word} is not a whole number; give one\n")
+
+
 # Hosts of their own: network, host name and /etc/hosts, in which the name means the loopback, as Debian writes it.
 NODES = {"zerotune0": "10.77.0.1", "zerotune1": "10.77.0.2"}
 

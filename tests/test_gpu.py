@@ -45,6 +45,15 @@ def train_one(train):
     return start
 
 
+def step(model, ids):
+    """Return (the gradients, the GPU's peak memory) of a forward and backward pass."""
+    model.zero_grad()
+    torch.cuda.reset_peak_memory_stats()
+    token_losses(model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients, torch.cuda.max_memory_allocated()
+
+
 STRATEGIES = [None, "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 
 
@@ -135,18 +144,11 @@ def test_checkpointing_leaves_a_frozen_prefix_alone():
         model.model.layers[layer].self_attn.register_forward_hook(hook)
     ids = torch.randint(4, 60, (8, 128), device="cuda")
 
-    def step():
-        model.zero_grad()
-        torch.cuda.reset_peak_memory_stats()
-        token_losses(model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        return gradients, torch.cuda.max_memory_allocated()
-
-    step()
-    plain, plain_peak = step()
+    step(model, ids)
+    plain, plain_peak = step(model, ids)
     assert calls == {2: 2, 6: 2}
     enable_gradient_checkpointing(model)
-    recomputed, peak = step()
+    recomputed, peak = step(model, ids)
     assert calls == {2: 3, 6: 4} and peak < plain_peak
     assert plain.keys() == recomputed.keys() and len(plain) > 10
     assert all(torch.allclose(plain[name], recomputed[name], rtol=1e-3, atol=1e-5) for name in plain)
@@ -173,18 +175,11 @@ def test_activations_wait_on_the_host(checkpointing):
     if checkpointing:
         enable_gradient_checkpointing(model)
 
-    def step():
-        model.zero_grad()
-        torch.cuda.reset_peak_memory_stats()
-        token_losses(model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        return gradients, torch.cuda.max_memory_allocated()
-
-    step()
-    plain, plain_peak = step()
+    step(model, ids)
+    plain, plain_peak = step(model, ids)
     offload_activations(model)
-    step()
-    away, peak = step()
+    step(model, ids)
+    away, peak = step(model, ids)
     assert peak < plain_peak
     assert all(torch.allclose(plain[name], away[name], rtol=1e-3, atol=1e-5) for name in plain)
 
