@@ -11,7 +11,16 @@ import torch
 import yaml
 from conftest import ROOT
 
-from zerotune.engine.deepspeed_checks import RECORDED, SECTIONS, TOP_KEYS, check_build_locks, check_config, check_locked_memory
+from zerotune.engine.deepspeed_checks import (
+    RECORDED,
+    REFUSED,
+    SECTIONS,
+    TOP_KEYS,
+    check_build_locks,
+    check_config,
+    check_keys,
+    check_locked_memory,
+)
 from zerotune.engine.deepspeed_config import autos, resolve
 from zerotune.errors import UserError
 from zerotune.run.arguments import Arguments
@@ -137,6 +146,24 @@ def change(stem, place, value):
             "on the host, as in .*zero2_offload.json; or set bf16_optimizer_states",
         ),
         ("zero2_offload", "fp16.fp16_master_weights_and_grads", True, "is for --mixed_precision fp16 .given: bf16"),
+        ("zero3", "zero_optimization.mics_shard_size", 4, "mics_shard_size: DeepSpeed 0.19.8 has removed it .*zero3_hpz.json"),
+        ("zero3", "zero_optimization.mics_hierarchical_params_gather", True, "gather: DeepSpeed 0.19.8 has removed it"),
+        ("zero2", "elasticity", {"enabled": False}, "elasticity: DeepSpeed 0.19.8 has removed it .*any number of processes"),
+        ("zero2", "sparse_gradients", False, "sparse_gradients: DeepSpeed 0.19.8 has removed it"),
+        ("zero2", "optimizer", {"type": "OneBitAdam"}, "optimizer.type OneBitAdam: DeepSpeed 0.19.8 has it no more"),
+        ("zero2", "optimizer", {"type": "ZeroOneAdam"}, "optimizer.type ZeroOneAdam: DeepSpeed 0.19.8 has it no more"),
+        ("zero2", "checkpoint.writer", {"type": "python"}, "checkpoint: is of DeepSpeed's own checkpoints and their writers"),
+        ("zero2_offload", "zero_optimization.zenflow", {"topk_ratio": 0.1}, "zenflow: overwrites gradient_accumulation_steps"),
+        (
+            "zero3_offload",
+            "zero_optimization.offload_optimizer.super_offload",
+            True,
+            "super_offload: steps in a process of its own",
+        ),
+        ("zero3", "zero_optimization.zero_quantized_nontrainable_weights", True, "keeps frozen weights in 8 bits alone"),
+        ("zero3", "zero_optimization.zero_quantized_gradients", True, "reads gradients as fp16, and these are sent in bf16"),
+        ("zero2", "zero_optimization.zero_quantized_weights", True, "zero_quantized_weights is only valid at stage 3"),
+        ("zero2", "zero_optimization.zero_hpz_partition_size", 2, "zero_hpz_partition_size is only valid at stage 3"),
     ],
 )
 def test_refused(stem, place, value, message):
@@ -144,6 +171,26 @@ def test_refused(stem, place, value, message):
     with pytest.raises(UserError, match=message):
         check_config(config, f"{stem}.json", ARGS)
         resolve(config, f"{stem}.json", ARGS, num_processes=2, hidden_size=64)
+
+
+def test_what_deepspeed_has_removed_is_refused_before_it():
+    from deepspeed.runtime import config as deepspeeds
+
+    removed = deepspeeds._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() | deepspeeds._REMOVED_ZERO_CONFIG_KEYS.keys()
+    assert len(removed) > 10 and removed <= REFUSED.keys()
+    for key in ("zenflow", "zero_quantized_nontrainable_weights"):
+        assert not check_keys(change("zero3", f"zero_optimization.{key}", False), "zero3.json")
+
+
+def test_quantised_communication_is_for_gpus():
+    config = change("zero3", "zero_optimization.zero_quantized_weights", True)
+    if torch.cuda.is_available():
+        check_config(config, "zero3.json", ARGS)
+    else:
+        with pytest.raises(
+            UserError, match="zero_quantized_weights: quantises by CUDA kernels, and this machine's device is a CPU"
+        ):
+            check_config(config, "zero3.json", ARGS)
 
 
 @pytest.mark.launch
