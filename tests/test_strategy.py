@@ -38,7 +38,7 @@ def config_of(stem):
 
 def test_shipped_configurations_pair_up():
     stems = {path.stem for path in JSONS}
-    assert stems == {"zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme"}
+    assert stems == {"zero1", "zero2", "zero2_offload", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme"}
     assert {path.stem for path in YAMLS} == stems | {"cpu", "single", "ddp"}
     for path in YAMLS:
         content = yaml.safe_load(path.read_text())
@@ -55,9 +55,9 @@ def test_shipped_configurations_pair_up():
 def test_shipped_json_is_resolved_without_auto(path):
     config = config_of(path.stem)
     check_config(config, path.name, ARGS)
-    resolved = resolve(config, path.name, ARGS, num_processes=2, hidden_size=1024)
+    resolved = resolve(config, path.name, ARGS, num_processes=4, hidden_size=1024, num_machines=2)
     assert autos(config) and not autos(resolved)
-    assert resolved["train_batch_size"] == 4 * 3 * 2 and resolved["train_micro_batch_size_per_gpu"] == 4
+    assert resolved["train_batch_size"] == 4 * 3 * 4 and resolved["train_micro_batch_size_per_gpu"] == 4
     assert resolved["gradient_clipping"] == 0.7 and resolved["gradient_accumulation_steps"] == 3
     assert resolved["bf16"]["enabled"] and not resolved["fp16"]["enabled"]
     assert resolved["zero_optimization"]["reduce_bucket_size"] == 1024**2

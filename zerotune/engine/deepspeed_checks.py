@@ -67,10 +67,10 @@ REFUSED = {  # key, wherever it stands: why, and what to do
     "elasticity": f"{GONE}: a checkpoint is gone on from with any number of processes",
     "mics_shard_size": f"{GONE}, or use ds_configs/zero3_hpz.json",
     "mics_hierarchical_params_gather": f"{GONE}, or use ds_configs/zero3_hpz.json",
-    # FastPersist's writers are among it, and want CROSS_SIZE, which accelerate does not set (runtime/model_checkpointing/utils.py:76).
+    # FastPersist's writers want CROSS_SIZE, which accelerate does not set (runtime/model_checkpointing/utils.py:76).
     "checkpoint": "is of DeepSpeed's own checkpoints and their writers, and train.py writes its own; remove it",
     "zenflow": (
-        "overwrites gradient_accumulation_steps by its own interval (runtime/zenflow/engine.py:75) and applies most gradients later "
+        "overwrites gradient_accumulation_steps by an interval (runtime/zenflow/engine.py:75) and applies most gradients later "
         "than they are due: other losses; remove it, or use ds_configs/zero3_offload.json"
     ),
     "super_offload": (

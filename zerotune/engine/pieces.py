@@ -147,6 +147,8 @@ def publish_weights(optimizer):
     if zero.persistent_parameters:
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
     zero.checkpoint_event_epilogue()
+    for parameter in zero.parameter_offload.module.parameters():
+        parameter.ds_secondary_tensor = None  # hpZ's copies, of which DeepSpeed forgets those that are trained alone
 
 
 def scaler_state(accelerator, optimizer):

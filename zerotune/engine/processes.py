@@ -133,6 +133,9 @@ def engine_facts(accelerator, strategy, model, optimizer):
             "offload_param": section(strategy.config, "zero_optimization.offload_param").get("device", "none"),
             "base_optimizer": type(model.basic_optimizer).__name__,
         }
+        groups = {getattr(p, "ds_secondary_tensor_num_of_groups", 1) for p in model.module.parameters()}
+        if groups != {1}:  # hpZ's, as each parameter has them
+            facts["secondary_shards"] = [accelerator.num_processes // count for count in sorted(groups)]
     return facts
 
 

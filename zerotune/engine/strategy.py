@@ -28,6 +28,7 @@ class Strategy:
     config: dict | None
     name: str
     num_processes: int
+    num_machines: int = 1
 
     @property
     def launched(self):
@@ -64,20 +65,24 @@ class Strategy:
         """Tell whether the JSON wants optimizer states in bf16."""
         return bool(self.config and section(self.config, "bf16").get("bf16_optimizer_states"))
 
+    def resolved(self, args, hidden_size):
+        """Return the DeepSpeed JSON as DeepSpeed will get it."""
+        return resolve(self.config, self.name, args, self.num_processes, hidden_size, self.num_machines)
+
     def plugin(self, args, hidden_size):
         """Return accelerate's DeepSpeedPlugin holding the resolved config, or None without DeepSpeed."""
         if self.config is None:
             return None
         from accelerate.utils import DeepSpeedPlugin
 
-        resolved = resolve(self.config, self.name, args, self.num_processes, hidden_size)
+        resolved = self.resolved(args, hidden_size)
         return DeepSpeedPlugin(hf_ds_config=resolved, zero3_init_flag=resolved["zero_optimization"]["stage"] == 3)
 
     def cut_anew(self, accelerator, plugin, args, hidden_size):
         """Have accelerate and DeepSpeed, before the model is prepared, take up another micro-batch in the flags."""
         if plugin is not None:
             plugin.deepspeed_config.clear()
-            plugin.deepspeed_config.update(resolve(self.config, self.name, args, self.num_processes, hidden_size))
+            plugin.deepspeed_config.update(self.resolved(args, hidden_size))
             plugin.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = most_micro_batches(args)
 
 
@@ -156,4 +161,5 @@ def launched_strategy(args):
         raise UserError(*problems)
     if config is not None:
         check_config(config, name, args)
-    return Strategy(config, name, int(environment.get("WORLD_SIZE", 1)))
+    num_processes = int(environment.get("WORLD_SIZE", 1))
+    return Strategy(config, name, num_processes, num_processes // int(environment.get("LOCAL_WORLD_SIZE", num_processes)))

@@ -40,7 +40,7 @@ class Fit:
     def __init__(self, accelerator, strategy, plugin, args, config, tokenizer, data, forward_loss, make_trainable):
         self.accelerator, self.strategy, self.plugin, self.args, self.data = accelerator, strategy, plugin, args, data
         self.planner = Planner(args, config, forward_loss, make_trainable, tokenizer, data)
-        self.machine = this_machine(accelerator.num_processes)
+        self.machine = this_machine(accelerator.num_processes, strategy.num_machines)
 
     def forecast(self):
         """Return the Forecast of this run."""

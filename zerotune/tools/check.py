@@ -5,6 +5,7 @@
 scripts/launch.sh does so before each launch: a mistake is a line and exit code 2 there, not the tracebacks of a launcher.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def check_launch(path, num_processes, flags):
         try:
             config = read_deepspeed_config(json_path)
             check_config(config, json_path, args)
-            resolve(config, json_path, args, num_processes, hidden_size=1)
+            resolve(config, json_path, args, num_processes, 1, int(os.environ.get("NUM_MACHINES", 1)))
         except UserError as error:
             problems += error.problems
     if problems:
