@@ -1,14 +1,18 @@
-"""Strategies for several large machines, held to a plain loop: hpZ. Ranks are told that they are on so many machines."""
+"""Strategies for large machines, held to a plain loop: hpZ, tensor parallel. Ranks are told on how many machines they are."""
+
+import dataclasses
 
 import pytest
 import torch
+from conftest import tiny_config
 from safetensors.torch import load_file
 from state import copy_at, state_hash
-from test_equivalence import FLAGS, UPDATE_BOUND, distance, reference
+from test_equivalence import FLAGS, UPDATE_BOUND, distance, load_rows, reference
 from test_strategy import ARGS, change, config_of
 
 from zerotune.engine.deepspeed_checks import check_config
 from zerotune.engine.deepspeed_config import resolve
+from zerotune.engine.tensor_parallel import model_problems
 from zerotune.errors import UserError
 
 TWO_MACHINES = {"MACHINES": "2"}
@@ -66,3 +70,85 @@ def test_hpz(train, tiny, rows16):
 
     llama = options | {"model_name_or_path": tiny("llama"), "task": "causal", "source_suffix": "", "freeze": None}
     hold(train("zero3_hpz", 4, name="llama", environment=TWO_MACHINES, **llama), tiny("llama"), rows16, causal=True)
+
+
+TP = {"autotp_size": 2, "vocab_parallel_lm_head": False}
+
+
+@pytest.mark.parametrize(
+    "section, flags, words",
+    [
+        ({"autotp_size": 1}, {}, "tensor_parallel.autotp_size is 1; give a number of ranks above 1"),
+        ({"autotp_size": "auto"}, {}, "tensor_parallel.autotp_size is 'auto'; give a number of ranks"),
+        ({"autotp_size": 2}, {}, "vocab_parallel_lm_head must be false: train.py's loss wants whole logits"),
+        ({"tp_size": 2}, {}, "unknown key tensor_parallel.tp_size .did you mean autotp_size"),
+        (TP, {"peft": "lora"}, "--peft: has not been seen to go with tensor_parallel"),
+        (TP, {"optim": "lion_8bit"}, "--optim lion_8bit: has not been seen to go with tensor_parallel"),
+        (TP, {"reduce": "once"}, "--reduce once: has not been seen to go with tensor_parallel"),
+        (TP, {"task": "seq2seq"}, "--task seq2seq: tensor_parallel is for causal models .llama, mistral, qwen2, qwen3."),
+    ],
+)
+def test_tensor_parallel_refuses(section, flags, words):
+    args = dataclasses.replace(ARGS, **{"task": "causal", **flags})
+    check_config(config_of("zero2_tp"), "zero2_tp.json", dataclasses.replace(ARGS, task="causal"))
+    with pytest.raises(UserError, match=words):
+        check_config(config_of("zero2") | {"tensor_parallel": section}, "zero2_tp.json", args)
+    with pytest.raises(UserError, match="tensor_parallel at stage 3: transformers 5.23 loads no model"):
+        check_config(config_of("zero3") | {"tensor_parallel": TP}, "zero3.json", args)
+
+
+def test_models_that_cannot_be_cut_are_named():
+    def problems(family, processes=4, machines=1, size=2, **sizes):
+        _, config = tiny_config(family, 0.0)
+        config.update(sizes)
+        return model_problems({"tensor_parallel": {"autotp_size": size}}, "own.json", config, processes, machines)
+
+    assert problems("llama") == [] == model_problems({}, "zero2.json", None, 3, 1)
+    assert "phi3 has not been seen to train so; allowed: llama, mistral, qwen2, qwen3; use zero3" in problems("phi3")[0]
+    assert "gpt2 has not been seen" in problems("gpt2")[0] and "t5 has not been seen" in problems("t5")[0]
+    assert problems("llama", num_key_value_heads=1) == [
+        "own.json: tensor_parallel.autotp_size 2: does not divide the model's key-value heads (1)"
+    ]
+    assert "does not divide the 1 processes of a machine" in problems("llama", machines=4)[0]
+    assert len(problems("llama", size=3, processes=3)) == 4
+
+
+@pytest.mark.launch
+def test_tensor_parallel(train, tiny, rows16):
+    """One group of two ranks, then two of them: rows, counts, dropout's seeds and evaluations are those of the groups."""
+    folder, options = (
+        tiny("llama"),
+        {"train_file": rows16, "task": "causal", "source_suffix": "", "model_name_or_path": tiny("llama")},
+    )
+    options |= FLAGS | {"per_device_train_batch_size": 4, "gradient_checkpointing": True}
+    pair = options | {
+        "gradient_accumulation_steps": 4,
+        "save_steps": 3,
+        "validation_file": rows16,
+        "test_file": rows16,
+        **EVALUATED,
+    }
+    straight = train("zero2_tp", 2, name="straight", **pair)
+    assert straight.run["engine"]["tensor_parallel"] == 2 and straight.run["engine"]["parameters_cut"] >= 4 * 7
+    hold(straight, folder, rows16, causal=True)
+    rows = load_rows(folder, rows16, causal=True)
+    (tokens,) = {(record["target_tokens"], record["real_tokens"]) for record in straight.records("loss")}
+    assert tokens == (sum(label != -100 for row in rows for label in row[1]), sum(len(row[0]) for row in rows))
+    evaluated = straight.records("eval_loss")
+    assert len(evaluated) == 2 and {record["eval_target_tokens"] for record in evaluated} == {tokens[0]}
+    assert len((straight.folder / "predictions.jsonl").read_text().splitlines()) == 16
+
+    copy_at(straight.folder, straight.folder.with_name("again"), 3)
+    again = train("zero2_tp", 2, name="again", **pair)
+    assert again.run["resumed_from"].endswith("checkpoint-3")
+    assert state_hash(again.folder / "checkpoint-6") == state_hash(straight.folder / "checkpoint-6")
+    assert all(torch.equal(weight, again.weights()[name]) for name, weight in straight.weights().items())
+    copy_at(straight.folder, straight.folder.with_name("other"), 3)
+    other = train("zero2", 2, name="other", check=False, **pair | {"gradient_accumulation_steps": 2})
+    assert (
+        other.code == 2 and "its layers are cut into 2 piece(s), and here into 1; go on under the tensor_parallel" in other.output
+    )
+
+    frozen = options | {"gradient_accumulation_steps": 2, "freeze": ["embeddings", "layers[:2]"]}
+    two = train("zero2_tp", 4, name="two", **frozen)
+    hold(two, folder, rows16, causal=True, frozen=["model.embed_tokens", "model.layers.0.", "model.layers.1."])

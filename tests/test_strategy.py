@@ -1,6 +1,7 @@
 """DeepSpeed JSONs: the shipped ones are whole and pair up, "auto" is resolved, and what cannot be is refused by name."""
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ def config_of(stem):
 
 def test_shipped_configurations_pair_up():
     stems = {path.stem for path in JSONS}
-    assert stems == {"zero1", "zero2", "zero2_offload", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme"}
+    assert stems == {"zero1", "zero2", "zero2_offload", "zero2_tp", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme"}
     assert {path.stem for path in YAMLS} == stems | {"cpu", "single", "ddp"}
     for path in YAMLS:
         content = yaml.safe_load(path.read_text())
@@ -54,7 +55,7 @@ def test_shipped_configurations_pair_up():
 )
 def test_shipped_json_is_resolved_without_auto(path):
     config = config_of(path.stem)
-    check_config(config, path.name, ARGS)
+    check_config(config, path.name, dataclasses.replace(ARGS, task="causal"))
     resolved = resolve(config, path.name, ARGS, num_processes=4, hidden_size=1024, num_machines=2)
     assert autos(config) and not autos(resolved)
     assert resolved["train_batch_size"] == 4 * 3 * 4 and resolved["train_micro_batch_size_per_gpu"] == 4
@@ -67,6 +68,7 @@ def test_shipped_json_is_resolved_without_auto(path):
         config["zero_optimization"],
         config["zero_optimization"].get("offload_optimizer", {}),
         config.get("aio", {}),
+        config.get("tensor_parallel", {}),
     ):
         assert all(f"`{key}`" in documented for key in section), section
 

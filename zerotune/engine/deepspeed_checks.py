@@ -8,13 +8,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from zerotune.engine import tensor_parallel
 from zerotune.engine.deepspeed_config import check_precision, choose_deepspeed_accelerator, has_cuda, section, uses_nvme
 from zerotune.errors import UserError, nearest
 
 TOP_KEYS = set(
     (
         "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
-        "zero_optimization aio activation_checkpointing communication_data_type prescale_gradients "
+        "zero_optimization aio tensor_parallel activation_checkpointing communication_data_type prescale_gradients "
         "gradient_predivide_factor gradient_allreduce_op disable_allgather steps_per_print "
         "dump_state wall_clock_breakdown memory_breakdown data_types torch_autocast compile flops_profiler "
         "comms_logger tensorboard wandb csv_monitor log_level disable_python_gc"
@@ -47,6 +48,7 @@ SECTIONS = {  # section -> the keys it may hold; a test compares them with DeepS
         ).split()
     ),
     "data_types": set("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules".split()),
+    "tensor_parallel": tensor_parallel.KEYS,
     "aio": set("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds".split()),
 }
 LEARNING_KEYS = {  # what a DeepSpeed JSON may not say, and the flags that do
@@ -295,6 +297,7 @@ def flag_problems(config, name, args):
     """Return what is wrong with a DeepSpeed config beside train.py's flags, on any machine."""
     problems = check_keys(config, name) + check_zero(config, name) + check_precision(config, name, args.mixed_precision)
     problems += check_states(config, name, args.mixed_precision) + check_quantised(config, name, args.mixed_precision)
+    problems += tensor_parallel.flag_problems(config, name, args)
     accumulation = section(config, "data_types").get("grad_accum_dtype", "auto")
     if accumulation not in ("auto", "fp32", "bf16", "fp16"):
         problems.append(f"{name}: data_types.grad_accum_dtype is {accumulation!r}; allowed: auto, fp32, bf16, fp16")

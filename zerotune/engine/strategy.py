@@ -17,6 +17,7 @@ from zerotune.engine.deepspeed_config import (
     resolve,
     section,
 )
+from zerotune.engine.tensor_parallel import model_problems
 from zerotune.errors import UserError
 from zerotune.rows.batches import most_micro_batches
 
@@ -69,10 +70,15 @@ class Strategy:
         """Return the DeepSpeed JSON as DeepSpeed will get it."""
         return resolve(self.config, self.name, args, self.num_processes, hidden_size, self.num_machines)
 
-    def plugin(self, args, hidden_size):
-        """Return accelerate's DeepSpeedPlugin holding the resolved config, or None without DeepSpeed."""
+    def plugin(self, args, hidden_size, model_config):
+        """Return accelerate's DeepSpeedPlugin holding the resolved config, or None without DeepSpeed.
+
+        UserError if the model cannot be cut as the config wants it.
+        """
         if self.config is None:
             return None
+        if problems := model_problems(self.config, self.name, model_config, self.num_processes, self.num_machines):
+            raise UserError(*problems)
         from accelerate.utils import DeepSpeedPlugin
 
         resolved = self.resolved(args, hidden_size)

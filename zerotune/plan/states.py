@@ -98,6 +98,7 @@ def settings(config, num_processes, mixed_precision, accumulation, cuda):
     """
     zero = config["zero_optimization"]
     on = [key for key in NOT_MODELLED if zero.get(key)]
+    on += ["tensor_parallel"] * bool(section(config, "tensor_parallel"))
     on += ["torch_autocast"] * bool(section(config, "torch_autocast").get("enabled"))
     on += ["offload_optimizer.super_offload"] * bool(section(zero, "offload_optimizer").get("super_offload"))
     if on:

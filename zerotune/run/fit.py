@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, send_to_device
 
 from zerotune.engine.ending import start_again
 from zerotune.engine.reduction import can_choose
+from zerotune.engine.tensor_parallel import place
 from zerotune.errors import RunError, UserError
 from zerotune.model import packing
 from zerotune.model.loading import hidden_size
@@ -61,7 +62,7 @@ class Fit:
 
         The same on every rank. UserError if the rows of a step cannot be shared out over the processes.
         """
-        args, choice, problem, processes = self.args, None, None, self.accelerator.num_processes
+        args, choice, problem, processes = self.args, None, None, place(self.accelerator)[0]
         given = [getattr(args, name) for name in CUT]
         if self.accelerator.is_main_process and (saved := newest_manifest(args.output_dir, args.resume_from_checkpoint)):
             rows, per_device = saved["fingerprint"]["rows a step"], given[0]
