@@ -326,7 +326,7 @@ def train(run, start):
                 is_last = index == len(micro_batches)
                 batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 labels = batch.pop("labels")
-                seed_pass(args.seed, step, index, run.training_steps.rank)  # for dropout
+                seed_pass(args.seed, step, index, run.training_steps.seed)  # for dropout
                 with run.reduction.of_micro_batch(is_last):
                     loss_sum, losses = forward_loss(model, batch, labels, chunked=args.loss_chunks > 0)
                     step_loss += loss_sum.detach()

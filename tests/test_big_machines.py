@@ -1,17 +1,21 @@
-"""Strategies for large machines, held to a plain loop: hpZ, tensor parallel. Ranks are told on how many machines they are."""
+"""Strategies for large machines, held to a plain loop: hpZ, tensor parallel, sequences cut over ranks."""
 
 import dataclasses
+import json
+import re
 
 import pytest
 import torch
 from conftest import tiny_config
 from safetensors.torch import load_file
 from state import copy_at, state_hash
-from test_equivalence import FLAGS, UPDATE_BOUND, distance, load_rows, reference
-from test_strategy import ARGS, change, config_of
+from test_equivalence import FLAGS, UPDATE_BOUND, batch_loss, distance, load_rows, reference
+from test_strategy import ARGS, change, config_of, launch_sh
 
 from zerotune.engine.deepspeed_checks import check_config
 from zerotune.engine.deepspeed_config import resolve
+from zerotune.engine.sequence_parallel import launch_problems
+from zerotune.engine.sequence_parallel import model_problems as sequence_problems
 from zerotune.engine.tensor_parallel import model_problems
 from zerotune.errors import UserError
 
@@ -46,6 +50,27 @@ def test_hpz_is_of_one_machines_ranks():
             UserError, match=f"of {processes} processes {processes // 2} are on a machine; write .auto. or a number"
         ):
             size(given, processes, 2)
+
+
+def plain_loss(final, rows):
+    """Return the mean loss of rows under an exported causal model."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        loss = batch_loss(AutoModelForCausalLM.from_pretrained(final), rows, causal=True, reduction="sum")
+    return loss.item() / sum(label != -100 for row in rows for label in row[1])
+
+
+def plain_generations(final, rows, length):
+    """Return what an exported causal model makes of each row's prompt, alone in a batch and so without padding."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer, texts = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final), []
+    for ids, labels in rows:
+        prompt = torch.tensor([ids[: next(place for place, label in enumerate(labels) if label != -100) + 1]])
+        made = model.generate(input_ids=prompt, max_new_tokens=length, do_sample=False, pad_token_id=0)
+        texts.append(tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True))
+    return texts
 
 
 @pytest.mark.launch
@@ -113,6 +138,48 @@ def test_models_that_cannot_be_cut_are_named():
     assert len(problems("llama", size=3, processes=3)) == 4
 
 
+@pytest.mark.parametrize(
+    "stem, sizes, flags, words",
+    [
+        ("zero3", {"TP": 2}, {}, "parallelism_config_tp_size is 2; train.py knows parallelism_config_sp_size alone"),
+        ("zero2", {"SP": 2}, {}, "parallelism_config_sp_size 2: has been seen to work at stage 3 alone; use .*zero3_sp.yaml"),
+        ("zero3_hpz", {"SP": 2}, {}, "zero_hpz_partition_size has not been seen to go with parallelism_config_sp_size 2"),
+        ("zero3_offload", {"SP": 2}, {}, "offload_param has not been seen to go with parallelism_config_sp_size 2"),
+        ("zero3", {"SP": 2}, {"packing": True}, "--packing: has not been seen to go with parallelism_config_sp_size 2"),
+        (
+            "zero3",
+            {"SP": 2},
+            {"task": "seq2seq"},
+            "--task seq2seq: .* 2 is for causal models .llama, qwen2, qwen3.",
+        ),
+        ("zero3", {"SP": 2}, {"attn_implementation": "eager"}, "--attn_implementation eager: has not been seen .* use sdpa"),
+    ],
+)
+def test_sequence_parallel_refuses(stem, sizes, flags, words):
+    args = dataclasses.replace(ARGS, **{"task": "causal", **flags})
+    assert launch_problems({"SP": 1}, config_of(stem), stem, args) == []
+    (problem,) = [found for found in launch_problems(sizes, config_of(stem), stem, args) if re.search(words, found)]
+    assert "\n" not in problem
+
+
+def test_models_whose_sequences_cannot_be_cut_are_named(tiny, rows16, tmp_path):
+    def problems(family, size=2, processes=4, **sizes):
+        _, config = tiny_config(family, 0.0)
+        config.update(sizes)
+        return sequence_problems(size, config, processes)
+
+    assert problems("llama") == [] == problems("t5", size=1)
+    assert "t5 has not been seen to train so; allowed: llama, qwen2, qwen3; use zero3" in problems("t5")[0]
+    assert (
+        "phi3 has not been seen" in problems("phi3")[0] and "does not divide the 3 processes" in problems("llama", processes=3)[0]
+    )
+    assert len(problems("llama", size=8, processes=8)) == 2
+    assert "sliding window" in problems("llama", use_sliding_window=True)[0]
+    # scripts/launch.sh reads the YAML before anything is started.
+    done = launch_sh("--model_name_or_path", tiny("t5"), "--train_file", rows16, "--output_dir", tmp_path, STRATEGY="zero3_sp")
+    assert done.returncode == 2 and "--task seq2seq: parallelism_config_sp_size 2 is for causal" in done.stderr
+
+
 @pytest.mark.launch
 def test_tensor_parallel(train, tiny, rows16):
     """One group of two ranks, then two of them: rows, counts, dropout's seeds and evaluations are those of the groups."""
@@ -136,7 +203,9 @@ def test_tensor_parallel(train, tiny, rows16):
     assert tokens == (sum(label != -100 for row in rows for label in row[1]), sum(len(row[0]) for row in rows))
     evaluated = straight.records("eval_loss")
     assert len(evaluated) == 2 and {record["eval_target_tokens"] for record in evaluated} == {tokens[0]}
-    assert len((straight.folder / "predictions.jsonl").read_text().splitlines()) == 16
+    assert evaluated[1]["eval_loss"] == pytest.approx(plain_loss(straight.folder / "final", rows), rel=1e-5)
+    predictions = [json.loads(line) for line in (straight.folder / "predictions.jsonl").read_text().splitlines()]
+    assert [line["prediction"] for line in predictions] == plain_generations(straight.folder / "final", rows, length=4)
 
     copy_at(straight.folder, straight.folder.with_name("again"), 3)
     again = train("zero2_tp", 2, name="again", **pair)
@@ -151,4 +220,34 @@ def test_tensor_parallel(train, tiny, rows16):
 
     frozen = options | {"gradient_accumulation_steps": 2, "freeze": ["embeddings", "layers[:2]"]}
     two = train("zero2_tp", 4, name="two", **frozen)
+    hold(two, folder, rows16, causal=True, frozen=["model.embed_tokens", "model.layers.0.", "model.layers.1."])
+
+
+@pytest.mark.launch
+def test_sequences_cut_over_ranks(train, tiny, rows16):
+    """One group of two ranks, then two of them; rows are of odd lengths, and prompts of an evaluation are padded on the left."""
+    folder, options = tiny("llama"), FLAGS | {"train_file": rows16, "task": "causal", "source_suffix": ""}
+    options |= {"model_name_or_path": folder, "per_device_train_batch_size": 4, "gradient_checkpointing": True}
+    pair = options | EVALUATED | {"gradient_accumulation_steps": 4, "save_steps": 3, "loss_chunks": 2}
+    pair |= {"validation_file": rows16, "test_file": rows16}
+    straight = train("zero3_sp", 2, name="straight", **pair)
+    assert straight.run["engine"]["sequence_parallel"] == 2
+    hold(straight, folder, rows16, causal=True)
+    rows = load_rows(folder, rows16, causal=True)
+    (tokens,) = {(record["target_tokens"], record["real_tokens"]) for record in straight.records("loss")}
+    assert tokens == (sum(label != -100 for row in rows for label in row[1]), sum(len(row[0]) for row in rows))
+    evaluated = straight.records("eval_loss")[-1]
+    assert evaluated["eval_loss"] == pytest.approx(plain_loss(straight.folder / "final", rows), rel=1e-5)
+    assert evaluated["eval_target_tokens"] == tokens[0]
+    predictions = [json.loads(line) for line in (straight.folder / "predictions.jsonl").read_text().splitlines()]
+    assert [line["prediction"] for line in predictions] == plain_generations(straight.folder / "final", rows, length=4)
+
+    copy_at(straight.folder, straight.folder.with_name("again"), 3)
+    again = train("zero3_sp", 2, name="again", **pair)
+    assert again.run["resumed_from"].endswith("checkpoint-3")
+    assert state_hash(again.folder / "checkpoint-6") == state_hash(straight.folder / "checkpoint-6")
+    assert all(torch.equal(weight, again.weights()[name]) for name, weight in straight.weights().items())
+
+    frozen = options | {"gradient_accumulation_steps": 2, "freeze": ["embeddings", "layers[:2]"], "reduce": "once"}
+    two = train("zero3_sp", 4, name="two", **frozen)
     hold(two, folder, rows16, causal=True, frozen=["model.embed_tokens", "model.layers.0.", "model.layers.1."])

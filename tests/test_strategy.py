@@ -39,7 +39,7 @@ def config_of(stem):
 
 def test_shipped_configurations_pair_up():
     stems = {path.stem for path in JSONS}
-    assert stems == {"zero1", "zero2", "zero2_offload", "zero2_tp", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme"}
+    assert stems == {"zero1", "zero2", "zero2_offload", "zero2_tp", "zero3", "zero3_hpz", "zero3_sp", "zero3_offload", "zero3_nvme"}
     assert {path.stem for path in YAMLS} == stems | {"cpu", "single", "ddp"}
     for path in YAMLS:
         content = yaml.safe_load(path.read_text())

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from zerotune.engine import sequence_parallel, tensor_parallel
 from zerotune.engine.deepspeed_checks import check_config
 from zerotune.engine.deepspeed_config import (
     choose_deepspeed_accelerator,
@@ -17,7 +18,6 @@ from zerotune.engine.deepspeed_config import (
     resolve,
     section,
 )
-from zerotune.engine.tensor_parallel import model_problems
 from zerotune.errors import UserError
 from zerotune.rows.batches import most_micro_batches
 
@@ -30,6 +30,7 @@ class Strategy:
     name: str
     num_processes: int
     num_machines: int = 1
+    sequence_parts: int = 1  # over how many ranks each sequence is cut
 
     @property
     def launched(self):
@@ -77,8 +78,11 @@ class Strategy:
         """
         if self.config is None:
             return None
-        if problems := model_problems(self.config, self.name, model_config, self.num_processes, self.num_machines):
+        problems = tensor_parallel.model_problems(self.config, self.name, model_config, self.num_processes, self.num_machines)
+        problems += sequence_parallel.model_problems(self.sequence_parts, model_config, self.num_processes)
+        if problems:
             raise UserError(*problems)
+        sequence_parallel.tell_accelerate(self.num_processes)
         from accelerate.utils import DeepSpeedPlugin
 
         resolved = self.resolved(args, hidden_size)
@@ -167,5 +171,9 @@ def launched_strategy(args):
         raise UserError(*problems)
     if config is not None:
         check_config(config, name, args)
+    parallel = {kind: int(environment.get(f"PARALLELISM_CONFIG_{kind}_SIZE", 1)) for kind in ("SP", *sequence_parallel.OTHERS)}
+    if problems := sequence_parallel.launch_problems(parallel, config, name, args):
+        raise UserError(*problems)
     num_processes = int(environment.get("WORLD_SIZE", 1))
-    return Strategy(config, name, num_processes, num_processes // int(environment.get("LOCAL_WORLD_SIZE", num_processes)))
+    num_machines = num_processes // int(environment.get("LOCAL_WORLD_SIZE", num_processes))
+    return Strategy(config, name, num_processes, num_machines, parallel["SP"])

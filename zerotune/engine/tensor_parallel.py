@@ -7,6 +7,7 @@ same rows: rows are dealt to groups, and what is counted over all ranks is count
 import torch
 
 from zerotune.engine.deepspeed_config import section
+from zerotune.engine.sequence_parallel import launched_size
 
 # Seen to do what a plain loop does; their transformers plans cut by columns and rows alone. Phi-3's has a style that DeepSpeed
 # 0.19.8 does not know (module_inject/tp_plan_converter.py:45); one without a plan (GPT-2, T5, BART) is left to a guess by names.
@@ -68,10 +69,14 @@ def model_problems(config, name, model_config, num_processes, num_machines):
     return [f"{given}: does not divide the model's {what} ({number})" for what, number in sizes.items() if number % size]
 
 
-def place(accelerator):
-    """Return (into how many shares a step's rows are dealt, which of them is this rank's)."""
-    size = copies(accelerator)
-    return accelerator.num_processes // size, accelerator.process_index // size
+def place(accelerator, evaluating=False):
+    """Return (into how many shares a step's rows are dealt, which of them is this rank's, its stretch of each row).
+
+    A stretch is (into how many a row is cut, which of them). evaluating: where rows are not cut.
+    """
+    parts = 1 if evaluating else launched_size()
+    size, rank = copies(accelerator) * parts, accelerator.process_index
+    return accelerator.num_processes // size, rank // size, (parts, rank % parts)
 
 
 def copies(accelerator):

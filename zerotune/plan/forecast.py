@@ -16,6 +16,7 @@ import yaml
 from zerotune.engine.deepspeed_checks import flag_problems
 from zerotune.engine.deepspeed_config import read_deepspeed_config, resolve, section
 from zerotune.engine.reduction import can_choose
+from zerotune.engine.sequence_parallel import launched_size
 from zerotune.errors import UserError
 from zerotune.model.activations import WAYS
 from zerotune.model.loading import hidden_size
@@ -31,6 +32,7 @@ from zerotune.plan.trace import GRADIENT, tensors_of, trace_step
 from zerotune.rows.batches import most_micro_batches
 
 ROOT = Path(__file__).resolve().parents[2]
+# zero2_tp and zero3_sp are not among them: what they cut of activations is not modelled.
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme")
 # To a trace: the shapes say what accumulation does.
 IRRELEVANT = ("save_steps", "output_dir", "gradient_accumulation_steps", "reduce", "torch_compile")
@@ -236,6 +238,8 @@ class Planner:
             config = read_deepspeed_config(name)
         if problems := flag_problems(config, name, args):
             raise UserError(*problems)
+        if launched_size() > 1:
+            raise UserError(f"the memory of sequences that are cut over ranks is not modelled ({strategy}); measure a run")
         os.environ.setdefault("NVME_PATH", tempfile.gettempdir())  # only its bytes are counted
         return resolve(config, name, args, num_processes, hidden_size(self.config), num_machines)
 
