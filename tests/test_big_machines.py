@@ -18,6 +18,8 @@ from zerotune.engine.sequence_parallel import launch_problems
 from zerotune.engine.sequence_parallel import model_problems as sequence_problems
 from zerotune.engine.tensor_parallel import model_problems
 from zerotune.errors import UserError
+from zerotune.rows.collation import stretch_of
+from zerotune.tools import checkpoint
 
 TWO_MACHINES = {"MACHINES": "2"}
 EVALUATED = {"eval_steps": 3, "predict_with_generate": False, "generation_max_length": 4}
@@ -218,9 +220,23 @@ def test_tensor_parallel(train, tiny, rows16):
         other.code == 2 and "its layers are cut into 2 piece(s), and here into 1; go on under the tensor_parallel" in other.output
     )
 
+    with pytest.raises(UserError, match="its layers are cut into 2 pieces .tensor_parallel.; take the run's final/"):
+        checkpoint.main(["export", str(straight.folder / "checkpoint-3"), str(straight.folder / "model")])
+
     frozen = options | {"gradient_accumulation_steps": 2, "freeze": ["embeddings", "layers[:2]"]}
     two = train("zero2_tp", 4, name="two", **frozen)
     hold(two, folder, rows16, causal=True, frozen=["model.embed_tokens", "model.layers.0.", "model.layers.1."])
+
+
+def test_stretches_are_the_rows():
+    batch = {"input_ids": torch.arange(2, 16).view(2, 7), "attention_mask": torch.ones(2, 7, dtype=int), "use_cache": False}
+    batch["labels"] = batch["input_ids"] + 1
+    parts = [stretch_of(batch, 3, part, pad=1) for part in range(3)]
+    for name, filler in {"input_ids": 1, "attention_mask": 0, "labels": -100}.items():
+        whole = torch.cat([part[name] for part in parts], dim=1)
+        assert torch.equal(whole[:, :7], batch[name]) and whole.shape == (2, 9) and (whole[:, 7:] == filler).all()
+    assert [part["position_ids"][1].tolist() for part in parts] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert all(part["use_cache"] is False and "sources" not in part for part in parts)
 
 
 @pytest.mark.launch

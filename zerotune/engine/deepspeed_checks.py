@@ -314,6 +314,10 @@ def flag_problems(config, name, args):
             )
         if section(config, "zero_optimization").get("stage") == 3 and section(config, "zero_optimization").get("reduce_scatter"):
             problems.append(f"{name}: reduce_scatter cuts the gradients that --optim muon needs whole; remove it, or use zero2")
+        if section(config, "zero_optimization").get("zero_quantized_gradients"):
+            problems.append(
+                f"{name}: zero_quantized_gradients: DeepSpeed 0.19.8 refuses it with --optim muon; use ds_configs/zero3.json"
+            )
         if args.reduce == "once":
             problems.append("--reduce once: has not been seen to go with --optim muon; use --reduce each")
     if args.peft == "adalora":
