@@ -26,7 +26,7 @@ DOCUMENTS = [
 OTHER_FLAGS = set(
     "config_file num_processes num_machines machine_rank main_process_ip main_process_port deepspeed_multinode_launcher help "
     "config disable-pip-version-check no-cache-dir quiet matrix out peer strategies repeats num_processes no-index no-deps "
-    "find-links basetemp quick num_gpus gpus_per_node gpu gpu_memory_gib host_memory_gib nvme_gib strategy json plot "
+    "find-links basetemp collect-only quick num_gpus gpus_per_node gpu gpu_memory_gib host_memory_gib nvme_gib strategy json plot "
     "size_mib".split()
 )
 
