@@ -5,7 +5,7 @@
 #   OUT=runs/gpu_check      results, written as they come; at most 8 files
 #   PYTHON=python3          .venv is taken if there is one
 #   BUDGET_SECONDS=520      for all parts together
-#   PARTS="tests gpu_ladder gpu_peer gpu_llama_1b gpu_t5_700m"     in this order; two calls with two parts each have twice the time
+#   PARTS="tests gpu_ladder gpu_ladder_t5 gpu_peer gpu_llama_1b gpu_t5_700m"     in this order; two calls with two parts each have twice the time
 set -uo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT" || exit 1
@@ -13,7 +13,7 @@ PYTHON="${PYTHON:-python3}"
 [[ -x $ROOT/.venv/bin/python && $PYTHON == python3 ]] && PYTHON="$ROOT/.venv/bin/python"
 OUT="$(realpath -m "${OUT:-runs/gpu_check}")"
 BUDGET_SECONDS="${BUDGET_SECONDS:-520}"
-read -ra PARTS <<<"${PARTS:-tests gpu_ladder gpu_peer gpu_llama_1b gpu_t5_700m}"
+read -ra PARTS <<<"${PARTS:-tests gpu_ladder gpu_ladder_t5 gpu_peer gpu_llama_1b gpu_t5_700m}"
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu_check: torch sees no CUDA device; run it where there is one" >&2
     exit 2
@@ -75,6 +75,10 @@ for name in "${PARTS[@]}"; do
     if [[ $name == tests ]]; then
         part "tests marked gpu" 240 bash -c gpu_tests
         cat "$scratch"/tests_?.txt >"$OUT/tests.txt"
+        continue
+    fi
+    if [[ $name == gpu_ladder* ]]; then
+        part "$name" 300 "$PYTHON" tests/gpu_ladder.py --matrix "benchmarks/$name.yaml" --out "$OUT/$name"
         continue
     fi
     options=()
