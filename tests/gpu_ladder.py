@@ -118,9 +118,10 @@ def table(matrix, results):
             words = f"{flops / sum(record['step_seconds'] for record in records) / peak:.1%}"
         memory = max(record["peak_device_memory_gib"] for record in found["records"])
         padding = statistics.fmean(record["padding_fraction"] for record in records)
+        speed = f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"
         lines.append(
-            f"| {name} | {statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f}) | {tokens_per_second / first:.2f} | "
-            f"{padding:.0%} | {words} | {memory:.1f} | {records[-1]['loss']:.4f} |"
+            f"| {name} | {speed} | {tokens_per_second / first:.2f} | {padding:.0%} | {words} | {memory:.1f} | "
+            f"{records[-1]['loss']:.4f} |"
         )
     return "\n".join(lines) + "\n"
 
