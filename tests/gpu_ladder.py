@@ -25,10 +25,10 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from zerotune.errors import UserError  # noqa: E402
+from zerotune.model.loading import AUTO_CLASSES  # noqa: E402
 from zerotune.run.arguments import parse_arguments  # noqa: E402
 from zerotune.run.records import environment_facts, write_json  # noqa: E402
 from zerotune.tools.benchmark.cells import flag_words  # noqa: E402
-from zerotune.tools.flops import coefficients  # noqa: E402
 from zerotune.tools.hardware import known_peak  # noqa: E402
 from zerotune.tools.synthetic import build_model, build_rows  # noqa: E402
 
@@ -100,6 +100,8 @@ def table(matrix, results):
     ]
     model, flags, first = dict(matrix["data"]["model"]), matrix["flags"], None
     config = AutoConfig.for_model(model.pop("model_type"), **model)
+    with torch.device("meta"):
+        parameters = AUTO_CLASSES[flags["task"]].from_config(config).num_parameters()
     peak = known_peak(facts["device"], flags.get("mixed_precision", "no"))
     for name, found in results["sets"].items():
         if "error" in found:
@@ -111,11 +113,10 @@ def table(matrix, results):
         tokens_per_second = sum(record["real_tokens"] for record in records) / sum(record["step_seconds"] for record in records)
         first = first or tokens_per_second
         words = "-"
-        if peak and not own.get("peft") and not own.get("cache_frozen"):
-            frozen = own.get("freeze", [])
-            counts = coefficients(config, flags["task"], tuple([frozen] if isinstance(frozen, str) else frozen))
-            flops = sum(c * term for record in records for c, term in zip(counts, record["shape_terms"], strict=True))
-            words = f"{flops / sum(record['step_seconds'] for record in records) / peak:.1%}"
+        if (
+            peak and not {"peft", "freeze"} & own.keys()
+        ):  # 6 FLOPs a parameter and real token (Kaplan et al. 2020), without attention
+            words = f"{6 * parameters * tokens_per_second / peak:.1%}"
         memory = max(record["peak_device_memory_gib"] for record in found["records"])
         padding = statistics.fmean(record["padding_fraction"] for record in records)
         speed = f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"

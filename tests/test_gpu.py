@@ -17,7 +17,7 @@ from zerotune.model import loading
 from zerotune.model.activations import enable_gradient_checkpointing, offload_activations
 from zerotune.model.freezing import apply_rules
 from zerotune.model.loss import token_losses
-from zerotune.plan.allocator import replay
+from zerotune.plan.allocator import LARGE_SEGMENT, replay
 from zerotune.plan.empty import empty_model, fake_tensors, pretend
 from zerotune.plan.shapes import Shape
 from zerotune.plan.trace import batch_of, trace_step
@@ -179,7 +179,8 @@ def test_activations_wait_on_the_host(checkpointing):
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 1024, 8
     torch.manual_seed(0)
     model = model_class(config).cuda().train()
-    ids = torch.randint(4, 60, (16, 128), device="cuda")
+    # Where blocks are recomputed only their inputs leave; with few rows the peak would come when all gradients are there instead.
+    ids = torch.randint(4, 60, (64 if checkpointing else 16, 128), device="cuda")
     if checkpointing:
         enable_gradient_checkpointing(model)
 
@@ -223,6 +224,9 @@ def test_planned_memory_is_what_cuda_takes(model, learns, saver, shape):
     planned = replay(events + 3 * [*trace.events, *ends])
 
     gc.collect()
+    products = torch.nn.Linear(16, 16, device="cuda")  # cuBLAS takes its workspaces, 32 MiB each on an H100, once a process
+    products(torch.ones(16, 16, device="cuda", requires_grad=True)).sum().backward()
+    del products
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     real = loading.AUTO_CLASSES[task].from_config(config).cuda()
@@ -240,4 +244,7 @@ def test_planned_memory_is_what_cuda_takes(model, learns, saver, shape):
     errors = planned.allocated / allocated - 1, planned.reserved / reserved - 1
     print(f"{model}, {learns}, {saver}, {shape}: allocated {errors[0]:+.2%}, reserved {errors[1]:+.2%}")
     assert planned.allocated >= sum(trace.peak().values()) + weights
-    assert -0.02 <= errors[0] <= 0.05 and abs(errors[1]) <= 0.1, errors
+    assert -0.02 <= errors[0] <= 0.05, errors
+    assert abs(errors[1]) <= 0.1 or abs(planned.reserved - reserved) <= LARGE_SEGMENT, (
+        errors
+    )  # one segment is a fifth of a small run

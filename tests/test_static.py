@@ -90,8 +90,8 @@ def test_the_tables_of_benchmarks_are_the_committed_results():
             f"{r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f})" for r in ratios
         )
         assert f"{line} |" in readme
-    for name in ("rows", "chats", "frozen_cache", "growth"):
-        lines = (ROOT / "benchmarks/cpu" / name / "table.md").read_text().splitlines()
+    for name in ("cpu/rows", "cpu/chats", "cpu/frozen_cache", "cpu/growth", "gpu/llama"):
+        lines = (ROOT / "benchmarks" / name / "table.md").read_text().splitlines()
         lines = [line for line in lines if line.startswith("| ")]
         assert len(lines) > 4 and all(f"{line}\n" in readme for line in lines), name
 
