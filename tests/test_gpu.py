@@ -245,6 +245,28 @@ def test_planned_memory_is_what_cuda_takes(model, learns, saver, shape):
     print(f"{model}, {learns}, {saver}, {shape}: allocated {errors[0]:+.2%}, reserved {errors[1]:+.2%}")
     assert planned.allocated >= sum(trace.peak().values()) + weights
     assert -0.02 <= errors[0] <= 0.05, errors
-    assert abs(errors[1]) <= 0.1 or abs(planned.reserved - reserved) <= LARGE_SEGMENT, (
-        errors
-    )  # one segment is a fifth of a small run
+    one_segment = abs(planned.reserved - reserved) <= LARGE_SEGMENT  # which is a fifth of a small run
+    assert one_segment or abs(errors[1]) <= 0.1, errors
+
+
+def test_zeropp(train, tiny, rows16):
+    """ZeRO++'s kernels build, keep weights to 8 bits of each block, and leave a run near zero3's; one rank alone sends nothing."""
+    from deepspeed.ops.op_builder import QuantizerBuilder
+    from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer
+
+    if not QuantizerBuilder().is_compatible(verbose=False):
+        pytest.skip("no CUDA toolkit to build DeepSpeed's kernels with")
+    weight, quantizer = torch.randn(1024, 64, device="cuda", dtype=torch.bfloat16), CUDAQuantizer()
+    again = quantizer.dequantize(*quantizer.quantize(weight), dtype=weight.dtype)
+    error = (again.view_as(weight) - weight).abs().max() / weight.abs().max()
+    assert 0 < error < 0.01
+
+    processes = min(2, torch.cuda.device_count())
+    options = {"mixed_precision": "bf16", "learning_rate": 3e-3, "max_steps": 20, "logging_steps": 1, "save_steps": 0}
+    options |= {"task": "causal", "model_name_or_path": tiny("llama"), "train_file": rows16}
+    runs = [train(strategy, processes=processes, name=strategy, check=False, **options) for strategy in ("zero3", "zeropp")]
+    assert [run.code for run in runs] == [0, 0], runs[-1].output[-6000:]
+    assert runs[1].run["deepspeed_config"]["zero_optimization"]["zero_quantized_weights"]
+    losses = [[record["loss"] for record in run.records("loss")] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[1][-1] < 0.98 * losses[1][0]
+    assert processes == 1 or losses[1] != losses[0]

@@ -140,15 +140,19 @@ def process_bytes():
     return max(0, limit - used)
 
 
-def this_machine(num_gpus):
-    """Return the Machine that this one is; num_gpus: processes of the run. Without a GPU each process has a share of the memory."""
+def this_machine(num_gpus, num_nodes=None):
+    """Return the Machine that this one is, as one of num_nodes alike (None: as many as its GPUs say).
+
+    num_gpus: processes of the run. Without a GPU each process has a share of the memory.
+    """
     memory = host_bytes()
     if not torch.cuda.is_available():
         cpu = replace(UNKNOWN, name="CPU process", flops=0.2e12, link=5e9, host_link=20e9)
-        share, own = memory // num_gpus, process_bytes()
+        here = num_gpus // (num_nodes or 1)
+        share, own = memory // here, process_bytes()
         share = int((share if own is None else min(share, own)) * USABLE)
-        return Machine(cpu, num_gpus, num_gpus, share, memory, None)
-    here = max(1, min(num_gpus, torch.cuda.device_count()))
+        return Machine(cpu, num_gpus, here, share, memory, None)
+    here = num_gpus // num_nodes if num_nodes else max(1, min(num_gpus, torch.cuda.device_count()))
     properties = torch.cuda.get_device_properties(0)
     gpu = known_gpu(properties.name) or replace(UNKNOWN, name=properties.name)
     return Machine(gpu, num_gpus, here if num_gpus % here == 0 else num_gpus, properties.total_memory, memory, None)
