@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from zerotune.engine import processes, stopping
 from zerotune.engine.deepspeed_config import has_cuda
 from zerotune.engine.determinism import seed_pass, set_deterministic, set_tf32
-from zerotune.engine.ending import exit_with, finish, restore_default_signals
+from zerotune.engine.ending import exit_with, finish, ignore_signals
 from zerotune.engine.frozen import frozen_checksum
 from zerotune.engine.optimizer import build_optimizer
 from zerotune.engine.processes import unwrap
@@ -307,7 +307,7 @@ def train(run, start):
         batch_size=None,  # an item is a whole step already
         collate_fn=list,
         num_workers=args.dataloader_num_workers,
-        worker_init_fn=restore_default_signals,
+        worker_init_fn=ignore_signals,
         pin_memory=has_cuda(),
     )
     step = start
