@@ -68,8 +68,8 @@ ended=0
 trap 'ended=1' TERM
 trap : USR1
 status=0
-# When a launcher has ended, the others get 60 seconds: to end as well after a save, or because they cannot go on without it.
-srun --label --kill-on-bad-exit=0 --wait=60 bash scripts/launch.sh "$@" || status=$?
+# When a node's launcher has ended, or the node has died, the others get END_SECONDS to end as well.
+srun --label --kill-on-bad-exit=0 --wait="${END_SECONDS:-60}" bash scripts/launch.sh "$@" || status=$?
 
 case $status in
     0 | 2 | 130) exit "$status" ;;
