@@ -25,13 +25,13 @@ cd "$SLURM_SUBMIT_DIR" || exit 2 # Slurm runs a copy of this file, in a folder o
 
 out="" previous=""
 for word in "$@"; do
-    [[ $previous =~ ^--output[_-]dir$ ]] && out="$word"
-    [[ $word =~ ^--output[_-]dir=(.*)$ ]] && out="${BASH_REMATCH[1]}"
-    if [[ $word =~ ^--overwrite[_-]output[_-]dir ]]; then
+    [[ $previous == __output_dir ]] && out="$word"
+    previous="${word//-/_}" # train.py takes a flag's name with either
+    [[ $previous == __output_dir=* ]] && out="${word#*=}"
+    if [[ $previous == __overwrite_output_dir* ]]; then
         echo "slurm.sh: $word would start over at each requeue; remove the folder by hand instead" >&2
         exit 2
     fi
-    previous="$word"
 done
 if [[ -z $out ]]; then
     echo "slurm.sh: no --output_dir on the command line; give it there, not in --config" >&2

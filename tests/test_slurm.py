@@ -276,6 +276,16 @@ def test_a_node_that_dies(cluster, train, tiny, rows16, tmp_path):
     assert "slurm.sh: start 2 on n[1-2], from step " in output and "slurm.sh: start 2 on n[1-2], from step 0\n" not in output
 
 
+def test_flags_that_cannot_be_meant():
+    environment = os.environ | {"SLURM_SUBMIT_DIR": str(ROOT)}
+    for flags, words in (
+        (["--config", "flags.yaml"], "slurm.sh: no --output_dir on the command line; give it there, not in --config"),
+        (["--output-dir=out", "--overwrite-output-dir"], "slurm.sh: --overwrite-output-dir would start over at each requeue"),
+    ):
+        done = subprocess.run(["bash", "scripts/slurm.sh", *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith(words) and done.stderr.count("\n") == 1
+
+
 def test_an_array_of_strategies(cluster, tiny, rows16, tmp_path):
     """The lines for it in slurm.sh, with the marks taken off, up to the launch."""
     text = (ROOT / "scripts" / "slurm.sh").read_text()
