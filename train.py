@@ -366,7 +366,7 @@ def pause(run, step):
 def end(run, step):
     """Evaluate for the last time, write final/, and end the process: 0, or 128 + the signal that stopped the run."""
     data, evaluator, saver = run.data, run.evaluator, run.saver
-    if run.args.end_report:
+    if run.args.end_report and not run.stopper.known:  # a scheduler that stops the run gives it little time
         run.fit.report(run.model, run.optimizer, run.host_memory_before_model, run.console.say)
     with suppress(stopping.Interrupted):
         run.stopper.interrupt()
@@ -386,7 +386,7 @@ def end(run, step):
     if run.accelerator.is_main_process:
         ended = f"signal {stop}" if stop else "all steps" if step >= run.schedule.max_steps else "early stopping"
         records.add_to_run(run.args.output_dir, {"ended": ended})
-    run.monitor.draw(ended=True)
+    run.monitor.draw(ended=not stop)
     run.accelerator.wait_for_everyone()
     for tracker in run.accelerator.trackers:
         tracker.finish()
