@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,8 +26,8 @@ PARTS = ("start", "step", "save", "evaluation", "end")
 
 
 def counts_of(server, folder, model, rows, strategy, ranks, accumulation):
-    """Return {part: {what: number}} of rank 0 for one run, and the most that any rank counted as `most`."""
-    out, name = folder / "counts", f"{strategy}-{ranks}-{accumulation}"
+    """Return {part: {what: number}} of one run, of rank 0 where it does not say otherwise."""
+    name = f"{strategy}-{ranks}-{accumulation}"
     out = folder / name / "counts"
     out.mkdir(parents=True)
     flags = {
@@ -50,12 +51,23 @@ def counts_of(server, folder, model, rows, strategy, ranks, accumulation):
         what = sorted({name for entry in own for name in entry} - {"part"})
         parts[part] = {name: statistics.median(entry.get(name, 0) for entry in own) for name in what}
         parts[part]["listings on any rank"] = max(entry.get("listings", 0) for entries in of_ranks for entry in entries)
+    checkpoint = folder / name / "run" / f"checkpoint-{STEPS}"
+    parts["checkpoint"] = {"files": sum(path.is_file() for path in checkpoint.rglob("*"))}
+    parts["checkpoint"]["bytes of manifest"] = (checkpoint / "manifest.json").stat().st_size
     return parts
 
 
-def main():
-    from conftest import SPECIALS, WORDS, save_tokenizer  # noqa: F401
+def files_imported():
+    """Return how many files a rank reads before it begins: Python's, and shared libraries that are mapped."""
+    code = "import sys, forks; forks.import_libraries(); print(sum(bool(getattr(m, '__file__', 0)) for m in list(sys.modules.values())))"
+    code += "; print(len({line.split()[-1] for line in open('/proc/self/maps') if '.so' in line}))"
+    words = [sys.executable, "-c", f"import sys; sys.path[:0] = ['tests', '.']; {code}"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    found = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    return {"Python": int(found[-2]), "libraries": int(found[-1])}
 
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -79,7 +91,8 @@ def main():
                     cells.append({"strategy": strategy, "ranks": ranks, "accumulation": accumulation, "parts": parts})
                     print(json.dumps(cells[-1]), flush=True)
         server.stop()
-    write_json(args.out, {"environment": environment_facts() | {"command_line": None}, "steps": STEPS, "cells": cells})
+    facts = {"environment": environment_facts() | {"command_line": None}, "steps": STEPS, "files_imported": files_imported()}
+    write_json(args.out, facts | {"cells": cells})
 
 
 if __name__ == "__main__":
