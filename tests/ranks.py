@@ -59,7 +59,8 @@ def counts_of(server, folder, model, rows, strategy, ranks, accumulation):
 
 def files_imported():
     """Return how many files a rank reads before it begins: Python's, and shared libraries that are mapped."""
-    code = "import sys, forks; forks.import_libraries(); print(sum(bool(getattr(m, '__file__', 0)) for m in list(sys.modules.values())))"
+    code = "import sys, forks; forks.import_libraries(); modules = list(sys.modules.values())"
+    code += "; print(sum(bool(getattr(module, '__file__', None)) for module in modules))"
     code += "; print(len({line.split()[-1] for line in open('/proc/self/maps') if '.so' in line}))"
     words = [sys.executable, "-c", f"import sys; sys.path[:0] = ['tests', '.']; {code}"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
