@@ -37,9 +37,9 @@ STRATEGIES = {  # name: (stage, hpz, how gradients are reduced)
     "zero3_hpz": (3, NODE, "once"),
 }
 MEAN_HOURS = 7.9 * 1024  # between failures of one GPU: Kokolis et al. 2024 (arXiv:2410.21680), 7.9 h of a job of 1,024
-# What others measured (github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md, two versions of it; and
-# github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md): who, model, parameters, tokens of a GPU's micro-batch,
-# [(GPUs, their number)]; full sharding, bf16, H100s with 8 x 400 Gbit/s a node. The number is MFU in per cent, or tokens/s of a GPU.
+# What others measured (github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md, in two versions;
+# github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md): who, model, parameters, tokens of a GPU's
+# micro-batch, [(GPUs, their number)]; full sharding, bf16, H100s, 8 x 400 Gbit/s a node. The number: MFU in per cent, or tokens/s.
 FOUNDRY = "LLM Foundry, its table of H100s"
 MEASURED = [
     (FOUNDRY, "13 B", 12.85e9, 2 * 2048, [(8, 39.79), (16, 39.58), (32, 39.95), (64, 39.86)]),
