@@ -155,7 +155,7 @@ def cut_steps(run):
     run.given_cut = run.fit.keep_rows_a_step(run.console.say)  # of a run that goes on with another number of processes
     run.auto_batch = run.fit.choose_cut(run.console.say) if args.auto_batch else None
     run.fit.choose_checkpointing(run.console.say)
-    run.schedule = Schedule.of(args, len(run.data.rows["train"]), place(accelerator)[0])
+    run.schedule = Schedule.of(args, len(run.data.rows["train"]), place(accelerator)[0], accelerator.num_processes)
     run.console.say(f"batch: {run.schedule.equation}")
     run.fingerprint, run.layout = fingerprint(args, run.config, run.data, run.schedule), layout(args, run.strategy)
     request = args.output_dir, args.resume_from_checkpoint

@@ -111,7 +111,6 @@ TP = {"autotp_size": 2, "vocab_parallel_lm_head": False}
         ({"tp_size": 2}, {}, "unknown key tensor_parallel.tp_size .did you mean autotp_size"),
         (TP, {"peft": "lora"}, "--peft: has not been seen to go with tensor_parallel"),
         (TP, {"optim": "lion_8bit"}, "--optim lion_8bit: has not been seen to go with tensor_parallel"),
-        (TP, {"reduce": "once"}, "--reduce once: has not been seen to go with tensor_parallel"),
         (TP, {"task": "seq2seq"}, "--task seq2seq: tensor_parallel is for causal models .llama, mistral, qwen2, qwen3."),
     ],
 )
@@ -199,6 +198,7 @@ def test_tensor_parallel(train, tiny, rows16):
     }
     straight = train("zero2_tp", 2, name="straight", **pair)
     assert straight.run["engine"]["tensor_parallel"] == 2 and straight.run["engine"]["parameters_cut"] >= 4 * 7
+    assert "4 rows x 1 group(s) of 2 processes x 4 accumulation = 16 rows a step" in straight.run["batch_arithmetic"]
     hold(straight, folder, rows16, causal=True)
     rows = load_rows(folder, rows16, causal=True)
     (tokens,) = {(record["target_tokens"], record["real_tokens"]) for record in straight.records("loss")}
@@ -223,7 +223,7 @@ def test_tensor_parallel(train, tiny, rows16):
     with pytest.raises(UserError, match="its layers are cut into 2 pieces .tensor_parallel.; take the run's final/"):
         checkpoint.main(["export", str(straight.folder / "checkpoint-3"), str(straight.folder / "model")])
 
-    frozen = options | {"gradient_accumulation_steps": 2, "freeze": ["embeddings", "layers[:2]"]}
+    frozen = options | {"gradient_accumulation_steps": 2, "freeze": ["embeddings", "layers[:2]"], "reduce": "once"}
     two = train("zero2_tp", 4, name="two", **frozen)
     hold(two, folder, rows16, causal=True, frozen=["model.embed_tokens", "model.layers.0.", "model.layers.1."])
 

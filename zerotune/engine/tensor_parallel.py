@@ -46,8 +46,6 @@ def flag_problems(config, name, args):
     problems += [f"--{flag}: has not been seen to go with tensor_parallel; leave it out, or use zero3" for flag in on]
     if args.optim not in ("adamw_torch_fused", "adamw_torch"):
         problems.append(f"--optim {args.optim}: has not been seen to go with tensor_parallel; use adamw_torch_fused")
-    if args.reduce == "once":
-        problems.append("--reduce once: has not been seen to go with tensor_parallel; use --reduce each")
     if args.task != "causal":
         problems.append(f"--task {args.task}: tensor_parallel is for causal models ({', '.join(FAMILIES)}); use zero3")
     return problems
