@@ -6,7 +6,7 @@
 #   STRATEGY=zero2         a file of accelerate_configs/ without .yaml
 #   NUM_PROCESSES          GPUs here, or 2 processes on the CPU; with several machines: over all of them
 #   NUM_MACHINES=1         with MACHINE_RANK, MAIN_PROCESS_IP and MAIN_PROCESS_PORT=29500 for more, the same line on each; machine
-#                          0 waits MACHINES_TIMEOUT=300 seconds for the others (docs/clusters.md); under srun all from Slurm
+#                          0 waits MACHINES_TIMEOUT=300 seconds for the others (docs/clusters.md); taken from srun's, mpirun's or a PyTorchJob's variables
 #   OMP_NUM_THREADS        cores divided by the processes of this machine
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -14,17 +14,32 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="${PYTHON:-python3}"
 [[ -x $ROOT/.venv/bin/python && $PYTHON == python3 ]] && PYTHON="$ROOT/.venv/bin/python"
 STRATEGY="${STRATEGY:-zero2}"
-# Started by srun (scripts/slurm.sh): the machines are the nodes of its step. An interactive shell (--pty) is a machine of its own.
-if [[ -n ${SLURM_STEP_NUM_NODES:-} && -z ${SLURM_PTY_PORT:-} && -z ${NUM_MACHINES:-} ]]; then
-    if ((SLURM_STEP_NUM_TASKS != SLURM_STEP_NUM_NODES)); then
-        echo "launch.sh: srun starts $SLURM_STEP_NUM_TASKS of it on $SLURM_STEP_NUM_NODES node(s), but one starts all ranks of a node;" \
-            "give srun --ntasks-per-node=1" >&2
+# Started by another launcher: one of this a machine, of which the machines' numbers are taken. An interactive shell of Slurm's (--pty)
+# is a machine of its own.
+if [[ -z ${NUM_MACHINES:-} ]]; then
+    starter="" here=1
+    if [[ -n ${LOCAL_RANK:-} ]]; then
+        starter=torchrun here="${LOCAL_WORLD_SIZE:-$WORLD_SIZE}"
+        echo "launch.sh: $starter has started $here of it here, but it starts the ranks itself; start it alone, or train.py by $starter" >&2
+        exit 2
+    elif [[ -n ${SLURM_STEP_NUM_NODES:-} && -z ${SLURM_PTY_PORT:-} ]]; then
+        starter=srun here="$(((SLURM_STEP_NUM_TASKS + SLURM_STEP_NUM_NODES - 1) / SLURM_STEP_NUM_NODES))"
+        NUM_MACHINES="$SLURM_STEP_NUM_NODES" MACHINE_RANK="$SLURM_NODEID"
+        MAIN_PROCESS_IP="${MAIN_PROCESS_IP:-${SLURM_LAUNCH_NODE_IPADDR:-}}"               # where srun runs: in a batch job on node 0
+        MAIN_PROCESS_PORT="${MAIN_PROCESS_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))}" # jobs on one node want different ones
+    elif [[ -n ${OMPI_COMM_WORLD_SIZE:-} ]]; then # Open MPI; nothing tells the address
+        starter=mpirun here="${OMPI_COMM_WORLD_LOCAL_SIZE:-1}" NUM_MACHINES="$OMPI_COMM_WORLD_SIZE" MACHINE_RANK="$OMPI_COMM_WORLD_RANK"
+    elif [[ -n ${PMI_SIZE:-} ]]; then # MPICH, Intel MPI
+        starter=mpirun here="${MPI_LOCALNRANKS:-1}" NUM_MACHINES="$PMI_SIZE" MACHINE_RANK="$PMI_RANK"
+    elif [[ -n ${WORLD_SIZE:-} && -n ${RANK:-} && -n ${MASTER_ADDR:-} ]]; then # a pod of a PyTorchJob
+        NUM_MACHINES="$WORLD_SIZE" MACHINE_RANK="$RANK" MAIN_PROCESS_IP="$MASTER_ADDR"
+        MAIN_PROCESS_PORT="${MAIN_PROCESS_PORT:-${MASTER_PORT:-29500}}"
+    fi
+    if ((here > 1)); then
+        echo "launch.sh: $starter has started $here of it a machine, but one starts all ranks of a machine; tell $starter to start one" >&2
         exit 2
     fi
-    NUM_MACHINES="$SLURM_STEP_NUM_NODES"
-    MACHINE_RANK="$SLURM_NODEID"
-    MAIN_PROCESS_IP="${MAIN_PROCESS_IP:-${SLURM_LAUNCH_NODE_IPADDR:-}}"               # where srun runs: in a batch job on node 0
-    MAIN_PROCESS_PORT="${MAIN_PROCESS_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))}" # jobs on one node want different ones
+    unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_RANK PMI_SIZE PMI_RANK # the ranks' are others
 fi
 NUM_MACHINES="${NUM_MACHINES:-1}"
 config="$ROOT/accelerate_configs/$STRATEGY.yaml"

@@ -238,7 +238,7 @@ def test_the_time_limit_and_jobs_that_do_not_go_on(cluster, train, tiny, rows16,
     broken, broken_log = cluster.submit(flags("broken"), PYTHON="false", MAX_TRIES="2")
     mistaken, mistaken_log = cluster.submit(flags("mistaken", max_steps="none"))
     several = cluster.ask("srun", "--ntasks=2", "--nodes=1", "bash", "-c", "bash scripts/launch.sh 2>&1 || echo code $?")
-    assert several.count("launch.sh: srun starts 2 of it on 1 node(s)") == 2 and several.count("code 2") == 2
+    assert several.count("launch.sh: srun has started 2 of it a machine") == 2 and several.count("code 2") == 2
     (tmp_path / "wait").write_text("#!/bin/sh\nexec sleep 600\n")
     (tmp_path / "wait").chmod(0o755)
     cancelled, cancelled_log = cluster.submit(flags("cancelled"), PYTHON=str(tmp_path / "wait"))
