@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from zerotune.engine import processes, stopping
 from zerotune.engine.deepspeed_config import has_cuda
 from zerotune.engine.determinism import seed_pass, set_deterministic, set_tf32
-from zerotune.engine.ending import exit_with, finish, restore_default_signals
+from zerotune.engine.ending import exit_with, finish, ignore_signals
 from zerotune.engine.frozen import frozen_checksum
 from zerotune.engine.optimizer import build_optimizer
 from zerotune.engine.processes import unwrap
@@ -307,7 +307,7 @@ def train(run, start):
         batch_size=None,  # an item is a whole step already
         collate_fn=list,
         num_workers=args.dataloader_num_workers,
-        worker_init_fn=restore_default_signals,
+        worker_init_fn=ignore_signals,
         pin_memory=has_cuda(),
     )
     step = start
@@ -366,7 +366,7 @@ def pause(run, step):
 def end(run, step):
     """Evaluate for the last time, write final/, and end the process: 0, or 128 + the signal that stopped the run."""
     data, evaluator, saver = run.data, run.evaluator, run.saver
-    if run.args.end_report:
+    if run.args.end_report and not run.stopper.known:  # a scheduler that stops the run gives it little time
         run.fit.report(run.model, run.optimizer, run.host_memory_before_model, run.console.say)
     with suppress(stopping.Interrupted):
         run.stopper.interrupt()
@@ -386,7 +386,7 @@ def end(run, step):
     if run.accelerator.is_main_process:
         ended = f"signal {stop}" if stop else "all steps" if step >= run.schedule.max_steps else "early stopping"
         records.add_to_run(run.args.output_dir, {"ended": ended})
-    run.monitor.draw(ended=True)
+    run.monitor.draw(ended=not stop)
     run.accelerator.wait_for_everyone()
     for tracker in run.accelerator.trackers:
         tracker.finish()

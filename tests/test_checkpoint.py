@@ -198,7 +198,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path, strategy, number, mom
     """The rank that gets it is the second; the launcher's exit code is 128 + signal, and the same command goes on."""
     flags, run = demo_flags(tmp_path, 4000), tmp_path / "run"
     flags += ["--save_steps", "1" if moment == "save" else "0", "--validation_file", str(tmp_path / "rows.jsonl")]
-    flags += ["--predict_with_generate", "false", "--eval_steps", "1" if moment == "evaluation" else "0"]
+    flags += ["--predict_with_generate", "false", "--eval_steps", "1" if moment == "evaluation" else "0", "--end_report", "true"]
     with open(tmp_path / "log", "w") as log:
         since = time.time()
         process = start(strategy, run, flags, log)
@@ -208,6 +208,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path, strategy, number, mom
         code = process.wait(timeout=120)
     output = (tmp_path / "log").read_text()
     assert code == 128 + number and f"stopped by signal {number:d} after step" in output, output[-3000:]
+    assert not (run / "report").exists() and "planned / measured" not in output, "a scheduler gives a stopped run little time"
     step, folder = list_checkpoints(run)[-1]
     assert manifest.verify(folder)[1] == [] and 0 < step < 4000 and not (run / "final").exists()
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

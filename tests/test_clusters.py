@@ -123,6 +123,43 @@ def test_numbers_that_are_none(flags):
         assert (done.returncode, done.stderr) == (2, f"launch.sh: {name}={word} is not a whole number; give one\n")
 
 
+STARTERS = {
+    "srun": {"SLURM_STEP_NUM_NODES": 2, "SLURM_STEP_NUM_TASKS": 2, "SLURM_NODEID": 1, "SLURM_JOB_ID": 70007},
+    "Open MPI": {"OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_RANK": 1, "OMPI_COMM_WORLD_LOCAL_SIZE": 1},
+    "Intel MPI": {"PMI_SIZE": 2, "PMI_RANK": 1, "MPI_LOCALNRANKS": 1},
+    "PyTorchJob": {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 23456},
+}
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+def test_who_starts_it_tells_the_machines(flags, starter):
+    """launch.sh under another launcher, up to the launch; several of it on a machine are refused, as is train.py itself."""
+    given = {name: str(value) for name, value in STARTERS[starter].items()}
+    given |= {"DRY_RUN": "1", "STRATEGY": "ddp", "PYTHON": sys.executable, "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
+    given |= {"MAIN_PROCESS_IP": "127.0.0.1"} if "MPI" in starter else {}
+
+    def launch(*command, **changed):
+        command = command or ("bash", "scripts/launch.sh")
+        environment = os.environ | given | changed
+        return subprocess.run([*command, *flags_of(flags)], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    port = {"srun": 20007, "PyTorchJob": 23456}.get(starter, 29500)
+    words = f"--num_processes 2 --num_machines 2 --machine_rank 1 --main_process_ip 127.0.0.1 --main_process_port {port} "
+    done = launch()
+    assert done.returncode == 0 and words in done.stdout, done.stdout + done.stderr
+    own = launch(NUM_MACHINES="1")  # a user's number wins
+    assert own.returncode == 0 and "--num_machines" not in own.stdout
+    several = {"srun": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_LOCAL_SIZE", "Intel MPI": "MPI_LOCALNRANKS"}.get(
+        starter
+    )
+    refused = launch(**({several: "4"} if several else {"LOCAL_RANK": "0"}))
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and " has started " in refused.stderr, refused.stderr
+    if several:
+        direct = launch(sys.executable, "train.py")
+        assert direct.returncode == 2 and "train.py knows torchrun's variables alone" in direct.stderr, direct.stderr
+        assert direct.stderr.count("\n") == 1
+
+
 # Hosts of their own: network, host name and /etc/hosts, in which the name means the loopback, as Debian writes it.
 NODES = {"zerotune0": "10.77.0.1", "zerotune1": "10.77.0.2"}
 

@@ -12,10 +12,22 @@ STARTED_AGAIN = "ZEROTUNE_STARTED_AGAIN"  # how often this process has taken ano
 EXIT_CODE_FILE = "ZEROTUNE_EXIT_CODE_FILE"  # scripts/launch.sh reads the code there: the launcher itself always ends with 1
 
 
-def restore_default_signals(worker_id=0):
-    """Let a data worker be ended by its parent: it inherits the parent's handlers, which only take note."""
+def restore_default_signals():
+    """Let a signal end this process: until a Stopper takes note of them, and when it has nothing left to save.
+
+    scripts/launch.sh's launcher ignores them, and its children inherit that.
+    """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
+
+
+def ignore_signals(worker_id=0):
+    """Let a data worker live on at a signal: Slurm sends it to every process of a job, and the rank saves only while they live.
+
+    A worker ends when its rank says so, or has ended.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def leave_code(code):

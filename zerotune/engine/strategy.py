@@ -144,11 +144,26 @@ def check_device(args):
     return []
 
 
+def check_starter(environment):
+    """Return problems with who started this process: one of several that know of no group would train alone on the others' rows."""
+    sizes = {name: environment.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")}
+    if "SLURM_PTY_PORT" not in environment:  # an interactive shell
+        sizes["SLURM_STEP_NUM_TASKS"] = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if "WORLD_SIZE" in environment:
+        return []
+    return [
+        f"{'srun' if name.startswith('SLURM') else 'mpirun'} has started {size} processes ({name}), and train.py knows torchrun's "
+        "variables alone; have it start one scripts/launch.sh a machine (docs/clusters.md)"
+        for name, size in sizes.items()
+        if size != "1"
+    ][:1]
+
+
 def launched_strategy(args):
     """Return the Strategy that `accelerate launch` (or its absence) asks for, checked; raise UserError."""
     choose_deepspeed_accelerator()  # accelerate and transformers import DeepSpeed where it is installed, whatever the strategy
     environment = os.environ
-    problems = check_device(args)
+    problems = [*check_starter(environment), *check_device(args)]
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", args.mixed_precision):
         problems.append(

@@ -25,6 +25,7 @@ from zerotune.model.quantization import quantization_config
 from zerotune.plan.allocator import replay
 from zerotune.plan.empty import empty_model, fake_tensors, pretend
 from zerotune.plan.machine import CONTEXT_BYTES, GIB, HOST_MEMORY, NCCL_BYTES, NVME
+from zerotune.plan.network import bytes_of_step
 from zerotune.plan.parameters import BUCKETS, GRADIENTS, REDUCTION, parameters_of
 from zerotune.plan.shapes import largest_allowed, largest_by_tokens, largest_shapes
 from zerotune.plan.states import states
@@ -309,33 +310,28 @@ def events_of_steps(steady, in_step, trace, left_out):
 def add_speed(result, machine, config, args, parameters, flops, num_processes):
     """Fill in the bytes that a GPU sends in a step, the seconds of a step, and a remark where the network is not hidden.
 
-    Collectives move (N - 1) / N of a tensor past each GPU, an all-reduce twice that. Gradients and weights travel in the training
-    precision under DeepSpeed, gradients in float32 under DDP.
+    Gradients and weights travel in the training precision under DeepSpeed, gradients in float32 under DDP.
     """
     micro = -(-args.gradient_accumulation_steps * args.per_device_train_batch_size // result.shape.rows)
-    share = (num_processes - 1) / num_processes
     size = 2 if config is not None and args.mixed_precision != "no" else 4
     trainable = sum(p.numel for p in parameters if p.learns)
     weights = sum(p.numel * p.itemsize for p in parameters)
     stage = config["zero_optimization"]["stage"] if config else 0
     optimizer_on = section(config or {}, "zero_optimization.offload_optimizer").get("device", "none")
     weights_on = section(config or {}, "zero_optimization.offload_param").get("device", "none")
-    if stage == 0:
-        result.bytes_sent = int(2 * share * size * trainable)
-    else:
-        reductions = micro if stage > 1 and not result.reduces_once else 1
-        if stage < 3:  # all-reduces in place of reductions (use_multi_rank_bucket_allreduce), then the changed weights
-            result.bytes_sent = int(share * size * trainable * (2 * reductions + 1))
-        else:  # weights for the forward and for the backward pass of each micro-batch, and gradients
-            result.bytes_sent = int(share * (2 * micro * weights + reductions * size * trainable))
+    reductions = micro if stage > 1 and not result.reduces_once else 1
+    result.bytes_sent, local = bytes_of_step(
+        stage,
+        num_processes,
+        weights=weights,
+        learning=sum(p.numel * p.itemsize for p in parameters if p.learns),
+        gradients=size * trainable,
+        micro_batches=micro,
+        reductions=reductions,
+        hpz=section(config or {}, "zero_optimization").get("zero_hpz_partition_size", 1),
+    )
     compute = flops * micro / (UTILISATION * machine.gpu.flops)
-    network = result.bytes_sent / machine.link
-    if (here := section(config or {}, "zero_optimization").get("zero_hpz_partition_size", 1)) > 1:
-        # Trained weights come over the network once a step; from then on the machine has a second copy, of frozen ones always.
-        learning = sum(p.numel * p.itemsize for p in parameters if p.learns)
-        result.bytes_sent = int(share * (learning + reductions * size * trainable))
-        local = (here - 1) / here * (2 * micro * weights - learning)
-        network = result.bytes_sent / machine.link + local / machine.gpu.link
+    network = result.bytes_sent / machine.link + local / machine.gpu.link
     to_host = (size * trainable * (micro + 1) if optimizer_on != "none" else 0) + (
         2 * micro * weights if weights_on != "none" else 0
     )

@@ -49,7 +49,7 @@ GPUS = [
     GPU("T4", 65e12, 14.5, 12e9, 12e9),
 ]
 UNKNOWN = GPU("unknown GPU", 100e12, 0.0, 25e9, 25e9)
-BETWEEN_NODES = 25e9  # bytes/s of a node's network a GPU of it has, 200 Gbit/s
+BETWEEN_NODES = 25e9  # bytes/s of a node's network for each of its GPUs, 200 Gbit/s
 NVME = 3e9  # bytes/s of a node's disk, read or written
 HOST_MEMORY = 100e9  # bytes/s of a node's memory, at which DeepSpeed's AdamW steps
 
@@ -77,8 +77,11 @@ class Machine:
 
     @property
     def link(self):
-        """Return the bytes a second that a GPU exchanges with the others."""
-        return self.gpu.link if self.num_nodes == 1 else min(self.gpu.link, BETWEEN_NODES)
+        """Return the bytes a second that a GPU exchanges with the others in a collective.
+
+        Rings over all GPUs leave a node once, over all of its adapters together (NCCL's; docs/scale.md compares with measurements).
+        """
+        return self.gpu.link if self.num_nodes == 1 else min(self.gpu.link, BETWEEN_NODES * self.gpus_per_node)
 
     def __str__(self):
         nodes = f" on {self.num_nodes} nodes" if self.num_nodes > 1 else ""

@@ -6,7 +6,7 @@ Each is declared in groups.py.
 import sys
 from dataclasses import dataclass
 
-from zerotune.engine.ending import exit_with
+from zerotune.engine.ending import exit_with, restore_default_signals
 from zerotune.errors import UserError, nearest
 from zerotune.flags import MATHEMATICS, ROWS, names_deciding, out_of_range
 from zerotune.run.checks import REQUIRED, check_best, check_files, check_rows, check_savers
@@ -30,6 +30,7 @@ def parse_arguments(argv=None):
 
 def arguments_or_exit():
     """Return the Arguments of this process's command line; print what is wrong with it and end the process with code 2."""
+    restore_default_signals()
     try:
         return parse_arguments()
     except UserError as error:
