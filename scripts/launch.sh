@@ -102,6 +102,7 @@ for word in "$@"; do
         exec "$PYTHON" "$ROOT/train.py" --help
     fi
 done
+export NUM_MACHINES # hpZ is for several
 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m zerotune check "$config" "$NUM_PROCESSES" "$@"
 if ((NUM_MACHINES > 1)) && [[ $STRATEGY != single ]]; then
     # The other machines have to answer, and to be alike; gloo and NCCL get the interface that leads to machine 0.

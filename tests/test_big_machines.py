@@ -37,7 +37,7 @@ def hold(result, folder, path, causal, frozen=()):
     return losses
 
 
-def test_hpz_is_of_one_machines_ranks():
+def test_hpz_is_of_one_machines_ranks(tiny, rows16, tmp_path):
     def size(given, processes, machines):
         config = change("zero3_hpz", "zero_optimization.zero_hpz_partition_size", given)
         resolved = resolve(config, "zero3_hpz.json", ARGS, processes, 64, machines)
@@ -52,6 +52,11 @@ def test_hpz_is_of_one_machines_ranks():
             UserError, match=f"of {processes} processes {processes // 2} are on a machine; write .auto. or a number"
         ):
             size(given, processes, 2)
+    flags = ["--model_name_or_path", tiny("t5"), "--train_file", rows16, "--output_dir", tmp_path]
+    pod = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}  # machines that launch.sh finds out
+    for processes, code in (("4", 0), ("2", 2)):
+        done = launch_sh(*flags, STRATEGY="zero3_hpz", NUM_PROCESSES=processes, DRY_RUN="1", **pod)
+        assert done.returncode == code and ("of 2 processes 1 are on a machine" in done.stderr) == (code == 2), done.stderr
 
 
 def plain_loss(final, rows):
