@@ -43,6 +43,7 @@ from zerotune.engine.processes import unwrap
 from zerotune.engine.reduction import Reduction
 from zerotune.engine.schedule import Schedule
 from zerotune.engine.strategy import launched_strategy
+from zerotune.engine.tensor_parallel import place
 from zerotune.errors import UserError
 from zerotune.model import adapters, loading
 from zerotune.model.activations import enable_gradient_checkpointing, every_nth, offload_activations
@@ -92,7 +93,7 @@ def setup(args):
     config, tokenizer = loading.load_config_and_tokenizer(args)
     if args.packing:
         check_packable(config)
-    plugin = strategy.plugin(args, loading.hidden_size(config))
+    plugin = strategy.plugin(args, loading.hidden_size(config), config)
     backend = "nccl" if has_cuda() else "gloo"
     accelerator = Accelerator(
         # With cpu=True accelerate would drop DeepSpeed; without it, and without a GPU, it would not start DDP on the CPU.
@@ -154,7 +155,7 @@ def cut_steps(run):
     run.given_cut = run.fit.keep_rows_a_step(run.console.say)  # of a run that goes on with another number of processes
     run.auto_batch = run.fit.choose_cut(run.console.say) if args.auto_batch else None
     run.fit.choose_checkpointing(run.console.say)
-    run.schedule = Schedule.of(args, len(run.data.rows["train"]), accelerator.num_processes)
+    run.schedule = Schedule.of(args, len(run.data.rows["train"]), place(accelerator)[0], accelerator.num_processes)
     run.console.say(f"batch: {run.schedule.equation}")
     run.fingerprint, run.layout = fingerprint(args, run.config, run.data, run.schedule), layout(args, run.strategy)
     request = args.output_dir, args.resume_from_checkpoint
@@ -280,8 +281,7 @@ def accompany(run, start):
     args, accelerator, model, optimizer = run.args, run.accelerator, run.model, run.optimizer
     saved = run.manifest or {"overflowed_steps": 0}
     counts = {"overflowed_steps": saved["overflowed_steps"]}
-    place = accelerator.num_processes, accelerator.process_index, run.schedule.row_offset
-    run.training_steps = TrainingSteps(run.data, run.collator, args, *place)
+    run.training_steps = TrainingSteps(run.data, run.collator, args, *place(accelerator), run.schedule.row_offset)
     run.monitor = Monitor(accelerator, model, optimizer, args, run.schedule, run.console, counts, start, run.data)
     run.saver = Saver(accelerator, model, optimizer, args, run.manifest_facts, counts, run.monitor)
     lines_of_step = run.training_steps.lines_of_step
@@ -326,7 +326,7 @@ def train(run, start):
                 is_last = index == len(micro_batches)
                 batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 labels = batch.pop("labels")
-                seed_pass(args.seed, step, index, accelerator.process_index)  # for dropout
+                seed_pass(args.seed, step, index, run.training_steps.seed)  # for dropout
                 with run.reduction.of_micro_batch(is_last):
                     loss_sum, losses = forward_loss(model, batch, labels, chunked=args.loss_chunks > 0)
                     step_loss += loss_sum.detach()

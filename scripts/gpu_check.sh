@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What only a GPU can show, within 9 minutes on one, without network: the tests marked gpu, the ZeRO benchmark at a size that fills
-# the chip, and the rows beside Hugging Face's Trainer; most important first. A part that fails or runs out of time is a line of
-# summary.md, and the others go on. Environment, with defaults:
+# What only a GPU can show, within 9 minutes on one, without network: the tests marked gpu, what each flag spares at a size that
+# fills the chip, rows beside Hugging Face's Trainer, and ZeRO's stages; most important first. A part that fails or runs out of time
+# is a line of summary.md, and the others go on. Environment, with defaults:
 #   OUT=runs/gpu_check      results, written as they come; at most 8 files
 #   PYTHON=python3          .venv is taken if there is one
 #   BUDGET_SECONDS=520      for all parts together
-#   PARTS="tests gpu_llama_1b gpu_t5_700m gpu_peer"     in this order; two calls with two parts each have twice the time
+#   PARTS="tests gpu_ladder gpu_ladder_t5 gpu_peer gpu_llama_1b gpu_t5_700m"     in this order; two calls with two parts each have twice the time
 set -uo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT" || exit 1
@@ -13,7 +13,7 @@ PYTHON="${PYTHON:-python3}"
 [[ -x $ROOT/.venv/bin/python && $PYTHON == python3 ]] && PYTHON="$ROOT/.venv/bin/python"
 OUT="$(realpath -m "${OUT:-runs/gpu_check}")"
 BUDGET_SECONDS="${BUDGET_SECONDS:-520}"
-read -ra PARTS <<<"${PARTS:-tests gpu_llama_1b gpu_t5_700m gpu_peer}"
+read -ra PARTS <<<"${PARTS:-tests gpu_ladder gpu_ladder_t5 gpu_peer gpu_llama_1b gpu_t5_700m}"
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu_check: torch sees no CUDA device; run it where there is one" >&2
     exit 2
@@ -56,14 +56,16 @@ keep() {
     fi
 }
 
-# gpu_tests: five groups side by side, as most of a test's time is a start of Python.
+# gpu_tests: every eighth test in a process of its own, side by side, as most of a test's time is a start of Python.
 gpu_tests() {
-    local group number=0 ends=0
-    for group in trajectory bf16 "fp16 or checkpointing" savers "planned or compiled or activations"; do
-        number=$((number + 1))
-        "$PYTHON" -m pytest -m gpu -v -k "$group" --basetemp "$scratch/tests_$number" -p no:cacheprovider >"$scratch/tests_$number.txt" &
+    local number place ends=0 tests group
+    mapfile -t tests < <("$PYTHON" -m pytest -m gpu --collect-only -q -p no:cacheprovider tests/test_gpu.py | grep ::)
+    for number in 1 2 3 4 5 6 7 8; do
+        group=()
+        for ((place = number - 1; place < ${#tests[@]}; place += 8)); do group+=("${tests[place]}"); done
+        "$PYTHON" -m pytest -v -rP --basetemp "$scratch/tests_$number" -p no:cacheprovider "${group[@]}" >"$scratch/tests_$number.txt" &
     done
-    for _ in 1 2 3 4 5; do wait -n || ends=1; done
+    for number in 1 2 3 4 5 6 7 8; do wait -n || ends=1; done
     cat "$scratch"/tests_?.txt
     return "$ends"
 }
@@ -73,6 +75,10 @@ for name in "${PARTS[@]}"; do
     if [[ $name == tests ]]; then
         part "tests marked gpu" 240 bash -c gpu_tests
         cat "$scratch"/tests_?.txt >"$OUT/tests.txt"
+        continue
+    fi
+    if [[ $name == gpu_ladder* ]]; then
+        part "$name" 300 "$PYTHON" tests/gpu_ladder.py --matrix "benchmarks/$name.yaml" --out "$OUT/$name"
         continue
     fi
     options=()

@@ -50,9 +50,10 @@ def run(strategy, processes, flags, log, environment, timeout=600):
     with socket.socket() as free:
         free.bind(("", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    here = count // int(environment.get("MACHINES", 1))  # a test's: on so many machines the ranks believe to be
     launched = count > 1 or "ACCELERATE_USE_DEEPSPEED" in environment
     for rank in range(count):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        place = {"RANK": rank, "LOCAL_RANK": rank % here, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": here}
         pid = os.fork()
         if pid == 0:
             become_a_rank(flags, log, environment | ({k: str(v) for k, v in place.items()} | address if launched else {}))

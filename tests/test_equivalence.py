@@ -64,15 +64,21 @@ def batch_loss(model, rows, causal, reduction):
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction)
 
 
-def reference(folder, path, causal, parts=1, mean_of_means=False):
-    """Return (losses, final weights) of the plain loop; parts > 1 reverses the rows and cuts them into that many sums."""
+def reference(folder, path, causal, parts=1, mean_of_means=False, frozen=()):
+    """Return (losses, final weights) of the plain loop; parts > 1 reverses the rows and cuts them into that many sums.
+
+    frozen: beginnings of the names of parameters that do not learn.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     model = (AutoModelForCausalLM if causal else AutoModelForSeq2SeqLM).from_pretrained(folder).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not name.startswith(tuple(frozen))
     rows = load_rows(folder, path, causal)
     targets = sum(label != -100 for row in rows for label in row[1])
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learning if p.ndim >= 2]
+    vectors = [p for p in learning if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer, losses = torch.optim.AdamW(groups, lr=LEARNING_RATE), []
     for step in range(STEPS):

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import shutil
 
 import peaks
 import pytest
@@ -16,10 +17,10 @@ from zerotune.model import loading
 from zerotune.model.activations import enable_gradient_checkpointing, offload_activations
 from zerotune.model.freezing import apply_rules
 from zerotune.model.loss import token_losses
-from zerotune.plan.allocator import replay
+from zerotune.plan.allocator import LARGE_SEGMENT, replay
 from zerotune.plan.empty import empty_model, fake_tensors, pretend
 from zerotune.plan.shapes import Shape
-from zerotune.plan.trace import GRADIENT, batch_of, trace_step
+from zerotune.plan.trace import batch_of, trace_step
 from zerotune.run import manifest
 from zerotune.run.arguments import Arguments
 from zerotune.tools.plan import NoTokenizer
@@ -46,12 +47,13 @@ def train_one(train):
 
 
 def step(model, ids):
-    """Return (the gradients, the GPU's peak memory) of a forward and backward pass."""
+    """Return (the gradients, what the GPU's memory held at its peak beyond the weights) of a forward and backward pass."""
     model.zero_grad()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     token_losses(model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return gradients, torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() - before
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, peak
 
 
 STRATEGIES = [None, "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
@@ -123,8 +125,14 @@ def test_savers_learn_and_load(train_one, tiny, rows16, tmp_path, strategy, opti
         options = options | {"cache_frozen": tmp_path / "cache"}
     if options.get("attn_implementation") == "flash_attention_2":
         pytest.importorskip("flash_attn")
+    model = tiny("llama")
+    if "attn_implementation" in options:  # Triton multiplies matrices of 16 rows and columns and more, so no head is smaller
+        config = transformers.AutoConfig.from_pretrained(model, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+        shutil.copytree(model, tmp_path / "model")
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+        model = tmp_path / "model"
     common = {"task": "causal", "mixed_precision": "bf16", "learning_rate": 3e-3, "max_steps": 20, "logging_steps": 5}
-    common |= {"model_name_or_path": tiny("llama"), "train_file": rows16, "validation_file": rows16, "eval_steps": 10}
+    common |= {"model_name_or_path": model, "train_file": rows16, "validation_file": rows16, "eval_steps": 10}
     result = train_one(strategy, predict_with_generate=False, **common | options)
     losses = [record["loss"] for record in result.records("loss")]
     assert losses[-1] < 0.98 * losses[0]
@@ -171,7 +179,8 @@ def test_activations_wait_on_the_host(checkpointing):
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 1024, 8
     torch.manual_seed(0)
     model = model_class(config).cuda().train()
-    ids = torch.randint(4, 60, (16, 128), device="cuda")
+    # Where blocks are recomputed only their inputs leave; with few rows the peak would come when all gradients are there instead.
+    ids = torch.randint(4, 60, (64 if checkpointing else 16, 128), device="cuda")
     if checkpointing:
         enable_gradient_checkpointing(model)
 
@@ -210,10 +219,14 @@ def test_planned_memory_is_what_cuda_takes(model, learns, saver, shape):
         trace = trace_step(pretend(empty.train()), config, task, [size], script.forward_loss, on_gpu=True, **options)
     base = 10 * len(trace.events) + 10
     events = [(base + n, p.numel() * 4) for n, p in enumerate(empty.parameters())]
-    gradients = [(-block, 0) for block, category in trace.categories.items() if category == GRADIENT]
-    planned = replay(events + 3 * [*trace.events, *gradients])
+    freed = {-block for block, _ in trace.events if block < 0}
+    ends = [(-block, 0) for block, _ in trace.events if block > 0 and block not in freed]  # gradients, and the losses at the end
+    planned = replay(events + 3 * [*trace.events, *ends])
 
     gc.collect()
+    products = torch.nn.Linear(16, 16, device="cuda")  # cuBLAS takes its workspaces, 32 MiB each on an H100, once a process
+    products(torch.ones(16, 16, device="cuda", requires_grad=True)).sum().backward()
+    del products
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     real = loading.AUTO_CLASSES[task].from_config(config).cuda()
@@ -231,4 +244,29 @@ def test_planned_memory_is_what_cuda_takes(model, learns, saver, shape):
     errors = planned.allocated / allocated - 1, planned.reserved / reserved - 1
     print(f"{model}, {learns}, {saver}, {shape}: allocated {errors[0]:+.2%}, reserved {errors[1]:+.2%}")
     assert planned.allocated >= sum(trace.peak().values()) + weights
-    assert -0.02 <= errors[0] <= 0.05 and abs(errors[1]) <= 0.1, errors
+    assert -0.02 <= errors[0] <= 0.05, errors
+    one_segment = abs(planned.reserved - reserved) <= LARGE_SEGMENT  # which is a fifth of a small run
+    assert one_segment or abs(errors[1]) <= 0.1, errors
+
+
+def test_zeropp(train, tiny, rows16):
+    """ZeRO++'s kernels build, keep weights to 8 bits of each block, and leave a run near zero3's; one rank alone sends nothing."""
+    from deepspeed.ops.op_builder import QuantizerBuilder
+    from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer
+
+    if not QuantizerBuilder().is_compatible(verbose=False):
+        pytest.skip("no CUDA toolkit to build DeepSpeed's kernels with")
+    weight, quantizer = torch.randn(1024, 64, device="cuda", dtype=torch.bfloat16), CUDAQuantizer()
+    again = quantizer.dequantize(*quantizer.quantize(weight), dtype=weight.dtype)
+    error = (again.view_as(weight) - weight).abs().max() / weight.abs().max()
+    assert 0 < error < 0.01
+
+    processes = min(2, torch.cuda.device_count())
+    options = {"mixed_precision": "bf16", "learning_rate": 3e-3, "max_steps": 20, "logging_steps": 1, "save_steps": 0}
+    options |= {"task": "causal", "model_name_or_path": tiny("llama"), "train_file": rows16}
+    runs = [train(strategy, processes=processes, name=strategy, check=False, **options) for strategy in ("zero3", "zeropp")]
+    assert [run.code for run in runs] == [0, 0], runs[-1].output[-6000:]
+    assert runs[1].run["deepspeed_config"]["zero_optimization"]["zero_quantized_weights"]
+    losses = [[record["loss"] for record in run.records("loss")] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[1][-1] < 0.98 * losses[1][0]
+    assert processes == 1 or losses[1] != losses[0]

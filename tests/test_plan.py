@@ -137,19 +137,22 @@ def test_a_plan_of_70_billion_parameters(llama_70b, tmp_path):
     """Without weights, rows, a tokenizer or a GPU; what it takes itself is less than 4 GiB."""
     picture = tmp_path / "plan.png"
     words = "--num_gpus 64 --gpus_per_node 8 --gpu H100 --host_memory_gib 1024 --task causal --mixed_precision bf16".split()
-    words += "--text_column text --max_source_length 4096 --per_device_train_batch_size 1 --gradient_checkpointing".split()
+    words += "--text_column text --max_source_length 512 --per_device_train_batch_size 1 --gradient_checkpointing".split()
     done = plan(*words, "--model_name_or_path", llama_70b, "--json", "--plot", picture)
     assert done.returncode == 0, done.stderr
     assert int(done.stderr.split("peak KiB")[1]) < 4 * 2**20
     facts = json.loads(done.stdout)
     found = {f["strategy"]: f for f in facts["forecasts"]}
-    assert set(found) == {"single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme"}
+    assert set(found) == {"single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme"}
     assert not any(found[name]["fits"] for name in ("single", "ddp", "zero1", "zero2")) and found["zero3"]["fits"]
-    assert facts["fastest"] == "zero3" and facts["launch"].startswith("STRATEGY=zero3 NUM_PROCESSES=64 NUM_MACHINES=8 ")
+    assert facts["fastest"] == "zero3_hpz" and facts["launch"].startswith("STRATEGY=zero3_hpz NUM_PROCESSES=64 NUM_MACHINES=8 ")
     parameters, device = 70_553_706_496, found["zero3"]["device"]
     # ZeRO-3 in bf16: 2 bytes of weights and 2 of gradients, 12 of master weights and moments, over 64 ranks; norms are whole.
     for category, size in (("weights", 2), ("gradients", 2), ("optimizer states", 12)):
         assert device[category] == pytest.approx(size * parameters / 64, rel=0.01), category
+    # A node has a second copy of the weights, from which its GPUs gather.
+    assert found["zero3_hpz"]["device"]["weights"] == pytest.approx(2 * parameters * (1 / 64 + 1 / 8), rel=0.01)
+    assert found["zero3_hpz"]["bytes_sent"] < 0.7 * found["zero3"]["bytes_sent"]
     assert found["ddp"]["bytes_sent"] == pytest.approx(2 * 63 / 64 * 4 * parameters, rel=1e-6)
     assert "waits for the network" in found["zero3"]["remark"]
     from PIL import Image

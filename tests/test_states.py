@@ -57,6 +57,7 @@ CASES = {
     "zero3, qlora": ("zero3", 2, "llama", {**BF16, **QLORA}),
     "zero2_offload, frozen encoder": ("zero2_offload", 2, "t5", {"freeze": ["encoder"], **TWICE}),
     "zero3_offload, full": ("zero3_offload", 2, "llama", BF16),
+    "zero3_hpz, frozen encoder": ("zero3_hpz", 4, "bart", {**BF16, **TWICE, "freeze": ["encoder"]}),
     "ddp, frozen encoder": ("ddp", 2, "t5", {"freeze": ["encoder"]}),
     "single, lora, unfused": (None, 1, "gpt2", {**LORA, "optim": "adamw_torch"}),
     "single, lion in 8 bits": (None, 1, "llama", {"optim": "lion_8bit"}),
@@ -80,7 +81,8 @@ def holdings(model, optimizer):
     parts = {"weights": [], "frozen": list(model.buffers()), "buckets": [], "gathered": [], "gradients": [], "optimizer": []}
     parts["frozen"] += tensors_in([quantisation_state(p) for p in parameters] + [eight_bit_state(m) for m in model.modules()])
     for parameter in parameters:
-        parts["weights" if parameter.requires_grad else "frozen"].append(getattr(parameter, "ds_tensor", parameter))
+        shards = [getattr(parameter, "ds_tensor", parameter), *tensors_in(getattr(parameter, "ds_secondary_tensor", None))]
+        parts["weights" if parameter.requires_grad else "frozen"] += shards
         parts["gathered"].append(parameter)
     parts["buckets"] += tensors_in([bucket.buffer for bucket in getattr(engine, "ipg_buckets", {}).values()])
     for owner in (engine, getattr(engine, "optimizer", engine)):
@@ -144,7 +146,14 @@ def main(folder, *names):
         fixed = {"model_name_or_path": f"{folder}/{family}", "train_file": f"{folder}/rows.jsonl", "output_dir": out / "run"}
         fixed |= {"task": TASKS[family], "max_steps": 2, "profile_steps": 1, "per_device_train_batch_size": 1, "save_steps": 0}
         words = [str(word) for word in flags_of({**fixed, **flags})]
-        code = forks.run(strategy, processes, words, str(out / "log"), {**environment, "STATES_OUT": str(out)}, timeout=300)
+        code = forks.run(
+            strategy,
+            processes,
+            words,
+            str(out / "log"),
+            {**environment, "STATES_OUT": str(out), "MACHINES": "2" if "hpz" in name else "1"},
+            timeout=300,
+        )
         if code:
             sys.exit(f"{name}: exit code {code}\n{(out / 'log').read_text(errors='replace')[-3000:]}")
 
@@ -310,8 +319,8 @@ def test_offload_leaves_the_device():
 
 def test_what_is_not_modelled_is_refused():
     config = resolved("zero3")
-    config["zero_optimization"] |= {"zero_hpz_partition_size": 4, "zero_quantized_weights": True}
-    with pytest.raises(UserError, match="not modelled: zero_hpz_partition_size, zero_quantized_weights; remove them"):
+    config["zero_optimization"] |= {"zero_quantized_gradients": True, "zero_quantized_weights": True}
+    with pytest.raises(UserError, match="not modelled: zero_quantized_weights, zero_quantized_gradients; remove them"):
         states(seven_billion(), 0, num_processes=8, config=config, optim="adamw_torch", mixed_precision="bf16")
 
 

@@ -26,7 +26,7 @@ DOCUMENTS = [
 OTHER_FLAGS = set(
     "config_file num_processes num_machines machine_rank main_process_ip main_process_port deepspeed_multinode_launcher help "
     "config disable-pip-version-check no-cache-dir quiet matrix out peer strategies repeats num_processes no-index no-deps "
-    "find-links basetemp quick num_gpus gpus_per_node gpu gpu_memory_gib host_memory_gib nvme_gib strategy json plot "
+    "find-links basetemp collect-only quick num_gpus gpus_per_node gpu gpu_memory_gib host_memory_gib nvme_gib strategy json plot "
     "size_mib "
     "job-name output nodes gpus-per-node cpus-per-task mem time partition account signal ntasks-per-node requeue open-mode array "
     "gres label kill-on-bad-exit wait signals-to-handle pty nv".split()  # these of Slurm, torchrun and Apptainer
@@ -92,8 +92,8 @@ def test_the_tables_of_benchmarks_are_the_committed_results():
             f"{r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f})" for r in ratios
         )
         assert f"{line} |" in readme
-    for name in ("rows", "chats", "frozen_cache", "growth"):
-        lines = (ROOT / "benchmarks/cpu" / name / "table.md").read_text().splitlines()
+    for name in ("cpu/rows", "cpu/chats", "cpu/frozen_cache", "cpu/growth", "gpu/llama"):
+        lines = (ROOT / "benchmarks" / name / "table.md").read_text().splitlines()
         lines = [line for line in lines if line.startswith("| ")]
         assert len(lines) > 4 and all(f"{line}\n" in readme for line in lines), name
 

@@ -1,6 +1,7 @@
 """DeepSpeed JSONs: the shipped ones are whole and pair up, "auto" is resolved, and what cannot be is refused by name."""
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -11,7 +12,17 @@ import torch
 import yaml
 from conftest import ROOT
 
-from zerotune.engine.deepspeed_checks import RECORDED, SECTIONS, TOP_KEYS, check_build_locks, check_config, check_locked_memory
+from zerotune.engine.deepspeed_checks import (
+    RECORDED,
+    REFUSED,
+    SECTIONS,
+    TOP_KEYS,
+    check_build_locks,
+    check_config,
+    check_keys,
+    check_locked_memory,
+    flag_problems,
+)
 from zerotune.engine.deepspeed_config import autos, resolve
 from zerotune.errors import UserError
 from zerotune.run.arguments import Arguments
@@ -29,7 +40,18 @@ def config_of(stem):
 
 def test_shipped_configurations_pair_up():
     stems = {path.stem for path in JSONS}
-    assert stems == {"zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme"}
+    assert stems == {
+        "zero1",
+        "zero2",
+        "zero2_offload",
+        "zero2_tp",
+        "zero3",
+        "zero3_hpz",
+        "zero3_sp",
+        "zero3_offload",
+        "zero3_nvme",
+        "zeropp",
+    }
     assert {path.stem for path in YAMLS} == stems | {"cpu", "single", "ddp"}
     for path in YAMLS:
         content = yaml.safe_load(path.read_text())
@@ -37,7 +59,7 @@ def test_shipped_configurations_pair_up():
         assert not {"mixed_precision", "gradient_accumulation_steps", "gradient_clipping"} & content.keys()
         if path.stem in stems:
             assert content["deepspeed_config"]["deepspeed_config_file"] == f"ds_configs/{path.stem}.json"
-            assert content["deepspeed_config"]["zero3_init_flag"] == path.stem.startswith("zero3")
+            assert content["deepspeed_config"]["zero3_init_flag"] == path.stem.startswith(("zero3", "zeropp"))
 
 
 @pytest.mark.parametrize(
@@ -45,10 +67,11 @@ def test_shipped_configurations_pair_up():
 )
 def test_shipped_json_is_resolved_without_auto(path):
     config = config_of(path.stem)
-    check_config(config, path.name, ARGS)
-    resolved = resolve(config, path.name, ARGS, num_processes=2, hidden_size=1024)
+    check = flag_problems if path.stem == "zeropp" else check_config  # for GPUs alone, which this machine need not have
+    assert not check(config, path.name, dataclasses.replace(ARGS, task="causal"))
+    resolved = resolve(config, path.name, ARGS, num_processes=4, hidden_size=1024, num_machines=2)
     assert autos(config) and not autos(resolved)
-    assert resolved["train_batch_size"] == 4 * 3 * 2 and resolved["train_micro_batch_size_per_gpu"] == 4
+    assert resolved["train_batch_size"] == 4 * 3 * 4 and resolved["train_micro_batch_size_per_gpu"] == 4
     assert resolved["gradient_clipping"] == 0.7 and resolved["gradient_accumulation_steps"] == 3
     assert resolved["bf16"]["enabled"] and not resolved["fp16"]["enabled"]
     assert resolved["zero_optimization"]["reduce_bucket_size"] == 1024**2
@@ -58,6 +81,7 @@ def test_shipped_json_is_resolved_without_auto(path):
         config["zero_optimization"],
         config["zero_optimization"].get("offload_optimizer", {}),
         config.get("aio", {}),
+        config.get("tensor_parallel", {}),
     ):
         assert all(f"`{key}`" in documented for key in section), section
 
@@ -137,6 +161,24 @@ def change(stem, place, value):
             "on the host, as in .*zero2_offload.json; or set bf16_optimizer_states",
         ),
         ("zero2_offload", "fp16.fp16_master_weights_and_grads", True, "is for --mixed_precision fp16 .given: bf16"),
+        ("zero3", "zero_optimization.mics_shard_size", 4, "mics_shard_size: DeepSpeed 0.19.8 has removed it .*zero3_hpz.json"),
+        ("zero3", "zero_optimization.mics_hierarchical_params_gather", True, "gather: DeepSpeed 0.19.8 has removed it"),
+        ("zero2", "elasticity", {"enabled": False}, "elasticity: DeepSpeed 0.19.8 has removed it .*any number of processes"),
+        ("zero2", "sparse_gradients", False, "sparse_gradients: DeepSpeed 0.19.8 has removed it"),
+        ("zero2", "optimizer", {"type": "OneBitAdam"}, "optimizer.type OneBitAdam: DeepSpeed 0.19.8 has it no more"),
+        ("zero2", "optimizer", {"type": "ZeroOneAdam"}, "optimizer.type ZeroOneAdam: DeepSpeed 0.19.8 has it no more"),
+        ("zero2", "checkpoint.writer", {"type": "python"}, "checkpoint: is of DeepSpeed's own checkpoints and their writers"),
+        ("zero2_offload", "zero_optimization.zenflow", {"topk_ratio": 0.1}, "zenflow: overwrites gradient_accumulation_steps"),
+        (
+            "zero3_offload",
+            "zero_optimization.offload_optimizer.super_offload",
+            True,
+            "super_offload: steps in a process of its own",
+        ),
+        ("zero3", "zero_optimization.zero_quantized_nontrainable_weights", True, "keeps frozen weights in 8 bits alone"),
+        ("zero3", "zero_optimization.zero_quantized_gradients", True, "reads gradients as fp16, and these are sent in bf16"),
+        ("zero2", "zero_optimization.zero_quantized_weights", True, "zero_quantized_weights is only valid at stage 3"),
+        ("zero2", "zero_optimization.zero_hpz_partition_size", 2, "zero_hpz_partition_size is only valid at stage 3"),
     ],
 )
 def test_refused(stem, place, value, message):
@@ -144,6 +186,28 @@ def test_refused(stem, place, value, message):
     with pytest.raises(UserError, match=message):
         check_config(config, f"{stem}.json", ARGS)
         resolve(config, f"{stem}.json", ARGS, num_processes=2, hidden_size=64)
+
+
+def test_what_deepspeed_has_removed_is_refused_before_it():
+    from deepspeed.runtime import config as deepspeeds
+
+    removed = deepspeeds._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() | deepspeeds._REMOVED_ZERO_CONFIG_KEYS.keys()
+    assert len(removed) > 10 and removed <= REFUSED.keys()
+    for key in ("zenflow", "zero_quantized_nontrainable_weights"):
+        assert not check_keys(change("zero3", f"zero_optimization.{key}", False), "zero3.json")
+
+
+def test_quantised_communication_is_for_gpus():
+    config = config_of("zeropp")
+    assert flag_problems(config, "zeropp.json", ARGS) == []
+    if torch.cuda.is_available():
+        check_config(config, "zeropp.json", ARGS)
+    else:
+        words = (
+            "zeropp.json: zero_quantized_weights, zero_quantized_gradients: quantises by CUDA kernels, and this machine's device"
+        )
+        with pytest.raises(UserError, match=words):
+            check_config(config, "zeropp.json", ARGS)
 
 
 @pytest.mark.launch

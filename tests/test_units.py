@@ -66,6 +66,7 @@ def test_only_trainable_matrices_decay():
 
 @pytest.mark.parametrize("family, freeze, frozen, trainable", [
     ("t5", ["encoder"], "encoder.block.0", "decoder.block.0"),
+    ("t5", ["encoder", "embeddings", "decoder.layers[0]"], "decoder.block.0", "decoder.block.1"),
     ("llama", ["embeddings", "layers[:3]"], "model.layers.0", "model.layers.3"),
     ("llama", ["layers[1:3]"], None, "model.layers.1"),
 ])  # fmt: skip

@@ -18,6 +18,7 @@ TOOLS = {  # name: (module with a main(words), what it does)
     "machines": ("machines", "before a launch on several machines: the way to machine 0, who is there, and what differs"),
     "hardware": ("hardware", "print the peak FLOP/s of this machine's device, of which MFU is a share"),
     "plan": ("plan", "predict memory and speed of every strategy before a launch: what fits, and what to launch"),
+    "scale": ("scale", "what 64 to 1,024 GPUs would give: bytes, tokens, failures, our own loop, beside what others measured"),
     "wheelhouse": ("wheelhouse", "collect the wheels that an air-gapped machine lacks"),
 }
 

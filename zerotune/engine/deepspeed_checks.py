@@ -8,15 +8,16 @@ import tempfile
 import time
 from pathlib import Path
 
+from zerotune.engine import tensor_parallel
 from zerotune.engine.deepspeed_config import check_precision, choose_deepspeed_accelerator, has_cuda, section, uses_nvme
 from zerotune.errors import UserError, nearest
 
 TOP_KEYS = set(
     (
         "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
-        "zero_optimization aio activation_checkpointing communication_data_type prescale_gradients "
-        "gradient_predivide_factor gradient_allreduce_op sparse_gradients disable_allgather steps_per_print "
-        "dump_state wall_clock_breakdown memory_breakdown checkpoint data_types torch_autocast compile flops_profiler "
+        "zero_optimization aio tensor_parallel activation_checkpointing communication_data_type prescale_gradients "
+        "gradient_predivide_factor gradient_allreduce_op disable_allgather steps_per_print "
+        "dump_state wall_clock_breakdown memory_breakdown data_types torch_autocast compile flops_profiler "
         "comms_logger tensorboard wandb csv_monitor log_level disable_python_gc"
     ).split()
 )
@@ -47,6 +48,7 @@ SECTIONS = {  # section -> the keys it may hold; a test compares them with DeepS
         ).split()
     ),
     "data_types": set("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules".split()),
+    "tensor_parallel": tensor_parallel.KEYS,
     "aio": set("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds".split()),
 }
 LEARNING_KEYS = {  # what a DeepSpeed JSON may not say, and the flags that do
@@ -55,6 +57,35 @@ LEARNING_KEYS = {  # what a DeepSpeed JSON may not say, and the flags that do
     "zero_allow_untested_optimizer": "--optim",
     "zero_force_ds_cpu_optimizer": "--optim",
 }
+GONE = "DeepSpeed 0.19.8 has removed it and would stop; remove it"  # runtime/config.py, _reject_removed_config_keys
+REFUSED = {  # key, wherever it stands: why, and what to do
+    **dict.fromkeys(
+        (
+            "amp compression_training curriculum_learning eigenvalue graph_harvesting nebula progressive_layer_drop "
+            "quantize_training sparse_attention sparse_gradients zeropp_loco_param"
+        ).split(),
+        GONE,
+    ),
+    "elasticity": f"{GONE}: a checkpoint is gone on from with any number of processes",
+    "mics_shard_size": f"{GONE}, or use ds_configs/zero3_hpz.json",
+    "mics_hierarchical_params_gather": f"{GONE}, or use ds_configs/zero3_hpz.json",
+    # FastPersist's writers want CROSS_SIZE, which accelerate does not set (runtime/model_checkpointing/utils.py:76).
+    "checkpoint": "is of DeepSpeed's own checkpoints and their writers, and train.py writes its own; remove it",
+    "zenflow": (
+        "overwrites gradient_accumulation_steps by an interval (runtime/zenflow/engine.py:75) and applies most gradients later "
+        "than they are due: other losses; remove it, or use ds_configs/zero3_offload.json"
+    ),
+    "super_offload": (
+        "steps in a process of its own, whose moments no checkpoint of train.py finds (superoffload/superoffload_utils.py:76), and "
+        "on CUDA alone; remove it"
+    ),
+    "zero_quantized_nontrainable_weights": (
+        "keeps frozen weights in 8 bits alone, so that final/ would not hold the model's; remove it, or give --peft and --quantize"
+    ),
+}
+QUANTISED = ("zero_quantized_weights", "zero_quantized_gradients")
+ZERO_PLUS_PLUS = (*QUANTISED, "zero_hpz_partition_size")  # arXiv:2306.10209
+ONE_BIT = {"onebitadam", "onebitlamb", "zerooneadam"}
 RECORDED = {"compute_grad_norm"}  # of zero_optimization: switching it off would leave records and bad-step checks without a norm
 
 
@@ -70,9 +101,14 @@ def check_keys(config, name):
     for path, known in [("", TOP_KEYS), *SECTIONS.items()]:
         for key in section(config, path) if path else config:
             place = f"{path}.{key}" if path else key
-            if key in known:
+            given = section(config, path)[key] if path else config[key]
+            if key in REFUSED and (given or key not in known):
+                problems.append(f"{name}: {place}: {REFUSED[key]}")
+            elif key in known:
                 continue
-            if not path and key in LEARNING_KEYS:
+            elif not path and key == "optimizer" and (kind := str(section(config, key).get("type"))).lower() in ONE_BIT:
+                problems.append(f"{name}: optimizer.type {kind}: DeepSpeed 0.19.8 has it no more; remove it, and choose by --optim")
+            elif not path and key in LEARNING_KEYS:
                 problems.append(f"{name}: {key!r} is decided by {LEARNING_KEYS[key]} of train.py; remove it here")
             elif key in RECORDED:
                 problems.append(f"{name}: {place} may not be set: train.py records the gradient norm; remove it")
@@ -106,7 +142,7 @@ def check_zero(config, name):
                 "remove it or use ds_configs/zero3_offload.json"
             )
         for key in zero:
-            if key.startswith("stage3_"):
+            if key.startswith("stage3_") or key in ZERO_PLUS_PLUS:
                 problems.append(f"{name}: {key} is only valid at stage 3 (this file: stage {stage}); remove it")
     elif not zero.get("stage3_gather_16bit_weights_on_model_save"):
         problems.append(f"{name}: stage 3 needs stage3_gather_16bit_weights_on_model_save: true, or final/ cannot be written")
@@ -123,6 +159,28 @@ def check_zero(config, name):
         if device == "nvme" and stage < 3:
             problems.append(f"{name}: {kind}.device nvme is only valid at stage 3 (this file: stage {stage}); use cpu")
     return problems
+
+
+def check_quantised(config, name, mixed_precision):
+    """Return a problem with ZeRO++'s quantised gradients, whose kernels take every element for one of fp16.
+
+    csrc/quantization/pt_binding.cpp:153; weights are cast for theirs (zero/partition_parameters.py:893).
+    """
+    sent = config.get("communication_data_type") or {"bf16": "bf16", "fp16": "fp16"}.get(mixed_precision, "fp32")
+    if not section(config, "zero_optimization").get("zero_quantized_gradients") or sent == "fp16":
+        return []
+    return [
+        f"{name}: zero_quantized_gradients reads gradients as fp16, and these are sent in {sent}, which it would take for other "
+        'numbers; set "communication_data_type": "fp16", or remove it'
+    ]
+
+
+def check_kernels(config, name):
+    """Return a problem with what has kernels for GPUs alone, on a machine without one."""
+    found = [key for key in QUANTISED if section(config, "zero_optimization").get(key)]
+    if not found or has_cuda():
+        return []
+    return [f"{name}: {', '.join(found)}: quantises by CUDA kernels, and this machine's device is a CPU; use ds_configs/zero3.json"]
 
 
 def check_nvme_paths(config, name):
@@ -227,7 +285,8 @@ def check_states(config, name, mixed_precision):
 def check_config(config, name, args):
     """Raise UserError with everything that is wrong with a DeepSpeed config beside train.py's flags, here on this machine."""
     problems = flag_problems(config, name, args)
-    problems += check_nvme_paths(config, name) + check_build_locks() + check_locked_memory(config, name, args.mixed_precision)
+    problems += check_kernels(config, name) + check_nvme_paths(config, name) + check_build_locks()
+    problems += check_locked_memory(config, name, args.mixed_precision)
     if not problems:
         problems = check_libaio(config, name)
     if problems:
@@ -237,7 +296,8 @@ def check_config(config, name, args):
 def flag_problems(config, name, args):
     """Return what is wrong with a DeepSpeed config beside train.py's flags, on any machine."""
     problems = check_keys(config, name) + check_zero(config, name) + check_precision(config, name, args.mixed_precision)
-    problems += check_states(config, name, args.mixed_precision)
+    problems += check_states(config, name, args.mixed_precision) + check_quantised(config, name, args.mixed_precision)
+    problems += tensor_parallel.flag_problems(config, name, args)
     accumulation = section(config, "data_types").get("grad_accum_dtype", "auto")
     if accumulation not in ("auto", "fp32", "bf16", "fp16"):
         problems.append(f"{name}: data_types.grad_accum_dtype is {accumulation!r}; allowed: auto, fp32, bf16, fp16")
@@ -254,6 +314,10 @@ def flag_problems(config, name, args):
             )
         if section(config, "zero_optimization").get("stage") == 3 and section(config, "zero_optimization").get("reduce_scatter"):
             problems.append(f"{name}: reduce_scatter cuts the gradients that --optim muon needs whole; remove it, or use zero2")
+        if section(config, "zero_optimization").get("zero_quantized_gradients"):
+            problems.append(
+                f"{name}: zero_quantized_gradients: DeepSpeed 0.19.8 refuses it with --optim muon; use ds_configs/zero3.json"
+            )
         if args.reduce == "once":
             problems.append("--reduce once: has not been seen to go with --optim muon; use --reduce each")
     if args.peft == "adalora":

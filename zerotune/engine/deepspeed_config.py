@@ -55,11 +55,11 @@ def check_precision(config, name, mixed_precision):
     ]
 
 
-def resolve(config, name, args, num_processes, hidden_size):
+def resolve(config, name, args, num_processes, hidden_size, num_machines=1):
     """Return the config as DeepSpeed will get it, with no "auto" left and every repeated flag filled in.
 
-    hidden_size: the model's, for bucket sizes. Raises UserError naming both values and both homes where JSON and flags differ,
-    and for an "auto" that no rule resolves.
+    hidden_size: the model's, for bucket sizes. num_machines: that the processes are on, as many on each. Raises UserError naming
+    both values and both homes where JSON and flags differ, and for an "auto" that no rule resolves.
     """
     config = copy.deepcopy(config)
     zero, problems = config["zero_optimization"], []
@@ -93,6 +93,8 @@ def resolve(config, name, args, num_processes, hidden_size):
     for key, value in sizes.items():
         if zero.get(key) == "auto":
             zero[key] = value
+    if "zero_hpz_partition_size" in zero:
+        problems += resolve_secondary(zero, name, num_processes, num_machines)
     if args.optim == "muon" and zero["stage"] == 3:  # DeepSpeed asks for it: whole matrices have to meet (zero/stage3.py:360)
         zero.setdefault("reduce_scatter", False)
     for kind in ("offload_optimizer", "offload_param"):
@@ -106,6 +108,25 @@ def resolve(config, name, args, num_processes, hidden_size):
     if problems:
         raise UserError(*problems)
     return config
+
+
+def resolve_secondary(zero, name, num_processes, num_machines):
+    """Resolve zero_hpz_partition_size: over how many ranks, side by side, hpZ keeps a second copy of the weights; return problems.
+
+    The backward pass gathers from that copy (ZeRO++, arXiv:2306.10209), so its ranks should be those of one machine.
+    """
+    here, size = num_processes // num_machines, zero["zero_hpz_partition_size"]
+    if size == "auto":
+        size = zero["zero_hpz_partition_size"] = here
+    given = f"{name}: zero_hpz_partition_size is {json.dumps(size)}"
+    if num_machines == 1:
+        return [f"{given}, on one machine: hpZ spares traffic between machines, and there is none; use zero3"]
+    if type(size) is not int or size < 2 or here % size:
+        return [
+            f'{given}, and of {num_processes} processes {here} are on a machine; write "auto" or a number above 1 that divides '
+            "them, or use zero3 where a machine has one process"
+        ]
+    return []
 
 
 def resolve_accumulation(config, args):

@@ -2,7 +2,7 @@
 
 One process and DDP keep whole parameters; ZeRO-1 and 2 a part of each group's flat float32 copy, which may begin and end inside a
 parameter; ZeRO-3 a shard of each parameter. The optimizer's states lie beside the tensor that it steps. Places such as
-zero/stage3.py:3154 are in deepspeed/runtime of DeepSpeed 0.19.8.
+zero/stage3.py:3154 are in deepspeed/runtime of DeepSpeed 0.19.8. Under tensor parallel a name says which piece of the layer it is.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import torch
 
 from zerotune.engine.optimizer import replay_bias_correction
 from zerotune.engine.processes import unwrap
+from zerotune.engine.tensor_parallel import piece_words
 
 WEIGHT = "weight"
 
@@ -50,7 +51,7 @@ def base_optimizer(optimizer):
 
 def pieces(model, optimizer):
     """Return the Pieces of the trainable parameters that this rank keeps, in the model's order."""
-    zero, found, owners = zero_optimizer(optimizer), [], {}
+    zero, found, owners, of_layers = zero_optimizer(optimizer), [], {}, piece_words(model)
     for name, parameter in unwrap(model).named_parameters():
         if not parameter.requires_grad:
             continue
@@ -69,7 +70,7 @@ def pieces(model, optimizer):
             continue
         if numel:
             number = owners.setdefault(id(owner), len(owners))
-            found.append(Piece(name, shape, start, numel, owner, offset, number))
+            found.append(Piece(name + of_layers, shape, start, numel, owner, offset, number))
     return found
 
 
@@ -147,6 +148,8 @@ def publish_weights(optimizer):
     if zero.persistent_parameters:
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
     zero.checkpoint_event_epilogue()
+    for parameter in zero.parameter_offload.module.parameters():
+        parameter.ds_secondary_tensor = None  # hpZ's copies, of which DeepSpeed forgets those that are trained alone
 
 
 def scaler_state(accelerator, optimizer):

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from zerotune.engine.deepspeed_config import section
 from zerotune.engine.ending import STARTED_AGAIN
+from zerotune.engine.tensor_parallel import place
 from zerotune.errors import UserError
 
 AGENT_PORT = "ZEROTUNE_AGENT_PORT"  # of the launcher's store
@@ -101,7 +102,9 @@ def signal_to(pid, number):
 
 def describe(accelerator):
     """Return the processes and their device in words."""
-    return f"{accelerator.num_processes} process(es), {accelerator.device.type}"
+    size = accelerator.num_processes // place(accelerator)[0]
+    groups = f" in groups of {size} that share rows" if size > 1 else ""
+    return f"{accelerator.num_processes} process(es){groups}, {accelerator.device.type}"
 
 
 def unwrap(model):
@@ -133,6 +136,14 @@ def engine_facts(accelerator, strategy, model, optimizer):
             "offload_param": section(strategy.config, "zero_optimization.offload_param").get("device", "none"),
             "base_optimizer": type(model.basic_optimizer).__name__,
         }
+        if model.autotp_size() > 1:
+            cut = [p for p in model.module.parameters() if getattr(p, "tensor_model_parallel", False)]
+            facts |= {"tensor_parallel": model.autotp_size(), "parameters_cut": len(cut)}
+        if model.sequence_parallel_size > 1:
+            facts["sequence_parallel"] = model.sequence_parallel_size
+        groups = {getattr(p, "ds_secondary_tensor_num_of_groups", 1) for p in model.module.parameters()}
+        if groups != {1}:  # hpZ's, as each parameter has them
+            facts["secondary_shards"] = [accelerator.num_processes // count for count in sorted(groups)]
     return facts
 
 

@@ -71,4 +71,4 @@ class Reduction:
 def can_choose(args, config):
     """Tell whether gradients can be exchanged once a step or each time; config: a DeepSpeed JSON, or None."""
     zero = config["zero_optimization"] if config else {}
-    return zero.get("stage") in (2, 3) and "zenflow" not in zero and most_micro_batches(args) > 1
+    return zero.get("stage") in (2, 3) and most_micro_batches(args) > 1

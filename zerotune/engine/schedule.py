@@ -37,13 +37,16 @@ class Schedule:
     row_offset: int = 0  # rows by which the stream is shifted, in a run whose rows_per_step has changed on the way
 
     @classmethod
-    def of(cls, args, num_rows, num_processes):
-        """Return the Schedule of train.py's flags."""
+    def of(cls, args, num_rows, num_shares, num_processes=None):
+        """Return the Schedule of train.py's flags; num_shares: groups of processes that share rows, mostly of one each."""
         rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        rows_per_step = rows * num_processes * accumulation
+        rows_per_step = rows * num_shares * accumulation
         max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * num_rows / rows_per_step)
+        shares = f"{num_shares} process(es)"
+        if num_processes not in (None, num_shares):
+            shares = f"{num_shares} group(s) of {num_processes // num_shares} processes"
         equation = (
-            f"{rows} rows x {num_processes} process(es) x {accumulation} accumulation = {rows_per_step} rows a step; "
+            f"{rows} rows x {shares} x {accumulation} accumulation = {rows_per_step} rows a step; "
             f"{max_steps} steps = {max_steps * rows_per_step / num_rows:.2f} epochs of {num_rows} rows"
         )
         if args.max_tokens_per_micro_batch:

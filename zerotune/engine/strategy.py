@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from zerotune.engine import sequence_parallel, tensor_parallel
 from zerotune.engine.deepspeed_checks import check_config
 from zerotune.engine.deepspeed_config import (
     choose_deepspeed_accelerator,
@@ -28,6 +29,8 @@ class Strategy:
     config: dict | None
     name: str
     num_processes: int
+    num_machines: int = 1
+    sequence_parts: int = 1  # over how many ranks each sequence is cut
 
     @property
     def launched(self):
@@ -64,20 +67,33 @@ class Strategy:
         """Tell whether the JSON wants optimizer states in bf16."""
         return bool(self.config and section(self.config, "bf16").get("bf16_optimizer_states"))
 
-    def plugin(self, args, hidden_size):
-        """Return accelerate's DeepSpeedPlugin holding the resolved config, or None without DeepSpeed."""
+    def resolved(self, args, hidden_size):
+        """Return the DeepSpeed JSON as DeepSpeed will get it."""
+        return resolve(self.config, self.name, args, self.num_processes, hidden_size, self.num_machines)
+
+    def plugin(self, args, hidden_size, model_config):
+        """Return accelerate's DeepSpeedPlugin holding the resolved config, or None without DeepSpeed.
+
+        UserError if the model cannot be cut as the config wants it.
+        """
         if self.config is None:
             return None
+        here = model_config, self.num_processes, self.num_machines, bool(args.freeze)
+        problems = tensor_parallel.model_problems(self.config, self.name, *here)
+        problems += sequence_parallel.model_problems(self.sequence_parts, model_config, self.num_processes)
+        if problems:
+            raise UserError(*problems)
+        sequence_parallel.tell_accelerate(self.num_processes)
         from accelerate.utils import DeepSpeedPlugin
 
-        resolved = resolve(self.config, self.name, args, self.num_processes, hidden_size)
+        resolved = self.resolved(args, hidden_size)
         return DeepSpeedPlugin(hf_ds_config=resolved, zero3_init_flag=resolved["zero_optimization"]["stage"] == 3)
 
     def cut_anew(self, accelerator, plugin, args, hidden_size):
         """Have accelerate and DeepSpeed, before the model is prepared, take up another micro-batch in the flags."""
         if plugin is not None:
             plugin.deepspeed_config.clear()
-            plugin.deepspeed_config.update(resolve(self.config, self.name, args, self.num_processes, hidden_size))
+            plugin.deepspeed_config.update(self.resolved(args, hidden_size))
             plugin.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = most_micro_batches(args)
 
 
@@ -171,4 +187,9 @@ def launched_strategy(args):
         raise UserError(*problems)
     if config is not None:
         check_config(config, name, args)
-    return Strategy(config, name, int(environment.get("WORLD_SIZE", 1)))
+    parallel = {kind: int(environment.get(f"PARALLELISM_CONFIG_{kind}_SIZE", 1)) for kind in ("SP", *sequence_parallel.OTHERS)}
+    if problems := sequence_parallel.launch_problems(parallel, config, name, args):
+        raise UserError(*problems)
+    num_processes = int(environment.get("WORLD_SIZE", 1))
+    num_machines = num_processes // int(environment.get("LOCAL_WORLD_SIZE", num_processes))
+    return Strategy(config, name, num_processes, num_machines, parallel["SP"])

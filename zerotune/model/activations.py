@@ -28,15 +28,22 @@ def enable_gradient_checkpointing(model, every=1):
     checkpointing needs; with it a frozen encoder would be recomputed and back-propagated in vain. Non-reentrant checkpointing
     follows the real graph: blocks that need no gradient are run once, and anything trainable below a block still gets its own.
     Blocks are counted in each list from its first one that has something to compute again.
+
+    T5's attention (modeling_t5.py) has a switch of its own, which makes the zeros that it adds to the cross-attention's scores
+    require gradients: frozen blocks would be recomputed for them, and CUDA's attention, of whose inputs only the zeros then do,
+    fails in its backward pass ("LSE is not correctly aligned"). It is put back.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(f"--gradient_checkpointing: {type(model).__name__} does not support it")
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     model.disable_input_require_grads()
+    blocks = [module for path in block_lists(model) for module in model.get_submodule(path)]
+    for part in (part for block in blocks for part in block.modules() if part is not block):
+        if hasattr(part, "gradient_checkpointing"):
+            part.gradient_checkpointing = False
     if every == 1:
         return
-    blocks = [module for path in block_lists(model) for module in model.get_submodule(path)]
     if not all(hasattr(block, "gradient_checkpointing") for block in blocks):
         raise UserError(
             f"--gradient_checkpointing every:{every}: the blocks of a {type(model).__name__} have no switch of their own; use true"

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from zerotune.plan.forecast import STRATEGIES
+from zerotune.plan.forecast import strategies_on
 
 # In the order of what they cost: first what leaves every loss as it is, then what changes the training.
 SAME_LOSSES = (
@@ -72,7 +72,7 @@ def smallest_changes(planner, machine, count=3):
             if all(getattr(planner.args, name) == value for name, value in flags.items()):
                 continue
             changed = dataclasses.replace(planner.args, **flags)
-            if best := fastest(planner.forecast(strategy, machine, changed) for strategy in STRATEGIES):
+            if best := fastest(planner.forecast(strategy, machine, changed) for strategy in strategies_on(machine)):
                 found.append((words, flags, best))
                 break
         if len(found) == count:

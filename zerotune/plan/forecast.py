@@ -16,6 +16,7 @@ import yaml
 from zerotune.engine.deepspeed_checks import flag_problems
 from zerotune.engine.deepspeed_config import read_deepspeed_config, resolve, section
 from zerotune.engine.reduction import can_choose
+from zerotune.engine.sequence_parallel import launched_size
 from zerotune.errors import UserError
 from zerotune.model.activations import WAYS
 from zerotune.model.loading import hidden_size
@@ -24,6 +25,7 @@ from zerotune.model.quantization import quantization_config
 from zerotune.plan.allocator import replay
 from zerotune.plan.empty import empty_model, fake_tensors, pretend
 from zerotune.plan.machine import CONTEXT_BYTES, GIB, HOST_MEMORY, NCCL_BYTES, NVME
+from zerotune.plan.network import bytes_of_step
 from zerotune.plan.parameters import BUCKETS, GRADIENTS, REDUCTION, parameters_of
 from zerotune.plan.shapes import largest_allowed, largest_by_tokens, largest_shapes
 from zerotune.plan.states import states
@@ -31,12 +33,18 @@ from zerotune.plan.trace import GRADIENT, tensors_of, trace_step
 from zerotune.rows.batches import most_micro_batches
 
 ROOT = Path(__file__).resolve().parents[2]
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme")
+# zero2_tp and zero3_sp are not among them: what they cut of activations is not modelled.
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme")
 # To a trace: the shapes say what accumulation does.
 IRRELEVANT = ("save_steps", "output_dir", "gradient_accumulation_steps", "reduce", "torch_compile")
 OUTSIDE, CACHE = "CUDA and NCCL", "allocator's cache"
 LIBRARIES_BYTES = int(0.45 * GIB)  # of a process that has imported torch, transformers and DeepSpeed, on a CPU
 UTILISATION = 0.45  # of the peak FLOP/s, by computing alone; the same for all strategies, so it weighs little in their order
+
+
+def strategies_on(machine):
+    """Return the names of STRATEGIES that a machine has a use for: hpZ is for several nodes of several GPUs."""
+    return [name for name in STRATEGIES if name != "zero3_hpz" or 1 < machine.gpus_per_node < machine.num_gpus]
 
 
 @dataclass
@@ -185,7 +193,7 @@ class Planner:
             nvme_limit=machine.nvme_bytes,
         )
         try:
-            config = self.deepspeed_config(strategy, args, num_processes, config)
+            config = self.deepspeed_config(strategy, args, num_processes, config, machine.num_nodes)
             result.reduces_once = can_choose(args, config) and args.reduce == "once"
             stage = config["zero_optimization"]["stage"] if config else 0
             candidates = self.shapes(args, num_processes, on_gpu)
@@ -220,7 +228,7 @@ class Planner:
         )
         return result
 
-    def deepspeed_config(self, strategy, args, num_processes, config):
+    def deepspeed_config(self, strategy, args, num_processes, config, num_machines=1):
         """Return the resolved DeepSpeed JSON of a strategy, None without DeepSpeed; UserError if it cannot be with these flags."""
         name = strategy
         if config is None:
@@ -231,8 +239,10 @@ class Planner:
             config = read_deepspeed_config(name)
         if problems := flag_problems(config, name, args):
             raise UserError(*problems)
+        if launched_size() > 1:
+            raise UserError(f"the memory of sequences that are cut over ranks is not modelled ({strategy}); measure a run")
         os.environ.setdefault("NVME_PATH", tempfile.gettempdir())  # only its bytes are counted
-        return resolve(config, name, args, num_processes, hidden_size(self.config))
+        return resolve(config, name, args, num_processes, hidden_size(self.config), num_machines)
 
 
 def device_peak(held, trace, config, num_processes, on_gpu):
@@ -300,27 +310,28 @@ def events_of_steps(steady, in_step, trace, left_out):
 def add_speed(result, machine, config, args, parameters, flops, num_processes):
     """Fill in the bytes that a GPU sends in a step, the seconds of a step, and a remark where the network is not hidden.
 
-    Collectives move (N - 1) / N of a tensor past each GPU, an all-reduce twice that. Gradients and weights travel in the training
-    precision under DeepSpeed, gradients in float32 under DDP.
+    Gradients and weights travel in the training precision under DeepSpeed, gradients in float32 under DDP.
     """
     micro = -(-args.gradient_accumulation_steps * args.per_device_train_batch_size // result.shape.rows)
-    share = (num_processes - 1) / num_processes
     size = 2 if config is not None and args.mixed_precision != "no" else 4
     trainable = sum(p.numel for p in parameters if p.learns)
     weights = sum(p.numel * p.itemsize for p in parameters)
     stage = config["zero_optimization"]["stage"] if config else 0
     optimizer_on = section(config or {}, "zero_optimization.offload_optimizer").get("device", "none")
     weights_on = section(config or {}, "zero_optimization.offload_param").get("device", "none")
-    if stage == 0:
-        result.bytes_sent = int(2 * share * size * trainable)
-    else:
-        reductions = micro if stage > 1 and not result.reduces_once else 1
-        if stage < 3:  # all-reduces in place of reductions (use_multi_rank_bucket_allreduce), then the changed weights
-            result.bytes_sent = int(share * size * trainable * (2 * reductions + 1))
-        else:  # weights for the forward and for the backward pass of each micro-batch, and gradients
-            result.bytes_sent = int(share * (2 * micro * weights + reductions * size * trainable))
+    reductions = micro if stage > 1 and not result.reduces_once else 1
+    result.bytes_sent, local = bytes_of_step(
+        stage,
+        num_processes,
+        weights=weights,
+        learning=sum(p.numel * p.itemsize for p in parameters if p.learns),
+        gradients=size * trainable,
+        micro_batches=micro,
+        reductions=reductions,
+        hpz=section(config or {}, "zero_optimization").get("zero_hpz_partition_size", 1),
+    )
     compute = flops * micro / (UTILISATION * machine.gpu.flops)
-    network = result.bytes_sent / machine.link
+    network = result.bytes_sent / machine.link + local / machine.gpu.link
     to_host = (size * trainable * (micro + 1) if optimizer_on != "none" else 0) + (
         2 * micro * weights if weights_on != "none" else 0
     )

@@ -49,7 +49,7 @@ GPUS = [
     GPU("T4", 65e12, 14.5, 12e9, 12e9),
 ]
 UNKNOWN = GPU("unknown GPU", 100e12, 0.0, 25e9, 25e9)
-BETWEEN_NODES = 25e9  # bytes/s of a node's network a GPU of it has, 200 Gbit/s
+BETWEEN_NODES = 25e9  # bytes/s of a node's network for each of its GPUs, 200 Gbit/s
 NVME = 3e9  # bytes/s of a node's disk, read or written
 HOST_MEMORY = 100e9  # bytes/s of a node's memory, at which DeepSpeed's AdamW steps
 
@@ -77,8 +77,11 @@ class Machine:
 
     @property
     def link(self):
-        """Return the bytes a second that a GPU exchanges with the others."""
-        return self.gpu.link if self.num_nodes == 1 else min(self.gpu.link, BETWEEN_NODES)
+        """Return the bytes a second that a GPU exchanges with the others in a collective.
+
+        Rings over all GPUs leave a node once, over all of its adapters together (NCCL's; docs/scale.md compares with measurements).
+        """
+        return self.gpu.link if self.num_nodes == 1 else min(self.gpu.link, BETWEEN_NODES * self.gpus_per_node)
 
     def __str__(self):
         nodes = f" on {self.num_nodes} nodes" if self.num_nodes > 1 else ""
@@ -140,15 +143,19 @@ def process_bytes():
     return max(0, limit - used)
 
 
-def this_machine(num_gpus):
-    """Return the Machine that this one is; num_gpus: processes of the run. Without a GPU each process has a share of the memory."""
+def this_machine(num_gpus, num_nodes=None):
+    """Return the Machine that this one is, as one of num_nodes alike (None: as many as its GPUs say).
+
+    num_gpus: processes of the run. Without a GPU each process has a share of the memory.
+    """
     memory = host_bytes()
     if not torch.cuda.is_available():
         cpu = replace(UNKNOWN, name="CPU process", flops=0.2e12, link=5e9, host_link=20e9)
-        share, own = memory // num_gpus, process_bytes()
+        here = num_gpus // (num_nodes or 1)
+        share, own = memory // here, process_bytes()
         share = int((share if own is None else min(share, own)) * USABLE)
-        return Machine(cpu, num_gpus, num_gpus, share, memory, None)
-    here = max(1, min(num_gpus, torch.cuda.device_count()))
+        return Machine(cpu, num_gpus, here, share, memory, None)
+    here = num_gpus // num_nodes if num_nodes else max(1, min(num_gpus, torch.cuda.device_count()))
     properties = torch.cuda.get_device_properties(0)
     gpu = known_gpu(properties.name) or replace(UNKNOWN, name=properties.name)
     return Machine(gpu, num_gpus, here if num_gpus % here == 0 else num_gpus, properties.total_memory, memory, None)

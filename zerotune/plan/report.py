@@ -3,7 +3,7 @@
 import shlex
 
 from zerotune.plan.changes import fastest, smallest_changes
-from zerotune.plan.forecast import CACHE, OUTSIDE, STRATEGIES
+from zerotune.plan.forecast import CACHE, OUTSIDE, strategies_on
 from zerotune.plan.machine import GIB
 from zerotune.plan.parameters import BUCKETS, FROZEN, GATHERED, GRADIENTS, LOCAL, OPTIMIZER, REDUCTION, STEP, WEIGHTS
 from zerotune.plan.trace import ACTIVATION, COPY, LOGITS
@@ -117,9 +117,9 @@ def host_lines(forecasts):
     ]
 
 
-def plan_lines(planner, machine, words, strategies=STRATEGIES):
-    """Return (JSON-like facts, lines) of a whole plan."""
-    forecasts = [planner.forecast(strategy, machine) for strategy in strategies]
+def plan_lines(planner, machine, words, strategies=()):
+    """Return (JSON-like facts, lines) of a whole plan; strategies: () for all that the machine has a use for."""
+    forecasts = [planner.forecast(strategy, machine) for strategy in strategies or strategies_on(machine)]
     if all(f.problem for f in forecasts):
         return {"forecasts": [f.facts() for f in forecasts]}, [f"{f.strategy}: {f.problem}" for f in forecasts]
     facts, lines = answer(planner, machine, forecasts, words)

@@ -34,7 +34,7 @@ from zerotune.plan.zero import flattened, sharded, whole_gradients
 
 SWAPPABLE = 2**20  # bytes of the smallest tensor that goes to NVMe (swap_tensor/utils.py:16)
 NOT_MODELLED = (
-    "zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients zenflow "
+    "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients zenflow "
     "stage3_use_all_reduce_for_fetch_params"
 ).split()
 
@@ -97,7 +97,8 @@ def settings(config, num_processes, mixed_precision, accumulation, cuda):
     communicated of those that are reduced, master of the weights that the optimizer changes, moment of its states on a host.
     """
     zero = config["zero_optimization"]
-    on = [key for key in NOT_MODELLED if zero.get(key) and (key, zero[key]) != ("zero_hpz_partition_size", 1)]
+    on = [key for key in NOT_MODELLED if zero.get(key)]
+    on += ["tensor_parallel"] * bool(section(config, "tensor_parallel"))
     on += ["torch_autocast"] * bool(section(config, "torch_autocast").get("enabled"))
     on += ["offload_optimizer.super_offload"] * bool(section(zero, "offload_optimizer").get("super_offload"))
     if on:
@@ -138,6 +139,7 @@ def settings(config, num_processes, mixed_precision, accumulation, cuda):
         param_buffer=int(param.get("buffer_size", 1e8)),
         max_in_cpu=int(param.get("max_in_cpu", 1e9)),
         pin_param=param.get("pin_memory", True),
+        secondary=int(zero.get("zero_hpz_partition_size", 1)),
         swappable=max(SWAPPABLE, aio.get("block_size", 2**20)),  # swap_tensor/optimizer_utils.py:180
         aligned=1024 * aio.get("intra_op_parallelism", 1),
     )

@@ -192,6 +192,11 @@ def sharded(held, parameters, s, optim):
         device[FROZEN] = sum(shard[p] * stored_itemsize(p, s) for p in frozen)
     else:
         offloaded_weights(host, nvme, groups, frozen, shard, s)
+    if s.secondary > 1:  # hpZ's second copies, of all that has been gathered: zero/partition_parameters.py:1900
+        place = device if s.offload_param == "none" else host
+        of_machine = s.ranks // s.secondary
+        place[WEIGHTS] += elements * of_machine * s.itemsize
+        place[FROZEN] += sum(shard[p] * of_machine * stored_itemsize(p, s) for p in frozen)
     device[GATHERED], remembered = gathered_bytes(parameters, shard, s)
     if s.contiguous:
         device[BUCKETS] = s.bucket * s.communicated  # 782

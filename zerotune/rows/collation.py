@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from zerotune.rows import IGNORE
 from zerotune.rows.batches import deal, deal_by_tokens, rows_of_step
@@ -88,8 +89,11 @@ class Collator:
 class TrainingSteps(torch.utils.data.Dataset):
     """Item s is the list of this rank's collated micro-batches of optimizer step s; nothing else decides the data order."""
 
-    def __init__(self, data, collator, args, num_processes, rank, offset=0):
-        """offset: as in rows_of_step."""
+    def __init__(self, data, collator, args, num_processes, rank, stretch=(1, 0), offset=0):
+        """num_processes: into how many shares rows are dealt; rank: which is this one. offset: as in rows_of_step.
+
+        stretch: (into how many stretches each row is cut, over ranks of one share; which is this rank's).
+        """
         self.data, self.rows, self.costs, self.collator = data, data.rows["train"], data.costs["train"], collator
         self.stream, self.lengths, self.has_sources = data.stream(args.seed), data.lengths["train"], bool(data.names("train"))
         self.accumulation, self.grouped, self.limit = (
@@ -97,6 +101,8 @@ class TrainingSteps(torch.utils.data.Dataset):
             args.group_by_length,
             args.max_tokens_per_micro_batch,
         )
+        self.parts, self.part = stretch
+        self.seed = rank * self.parts + self.part  # of dropout: ranks that see the same tokens have the same
         self.num_processes, self.rank, self.offset, self.window = num_processes, rank, offset, args.length_window
         self.names_rows = bool(args.cache_frozen)
         self.rows_per_step = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
@@ -140,7 +146,16 @@ class TrainingSteps(torch.utils.data.Dataset):
         batch = self.collator.training(self.rows[rows])
         if self.has_sources:
             batch["sources"] = torch.from_numpy(self.data.source_of("train", rows))[rows_of_labels(batch)]
-        return batch
+        return batch if self.parts == 1 else stretch_of(batch, self.parts, self.part, self.collator.pad)
+
+
+def stretch_of(batch, parts, part, pad):
+    """Return one of so many stretches of a collated causal batch, with the places of its tokens; pad: the tokenizer's."""
+    more = -batch["input_ids"].shape[1] % parts
+    fillers = {"input_ids": pad, "attention_mask": 0, "labels": IGNORE, "sources": 0}
+    whole = {name: F.pad(batch[name], (0, more), value=value) for name, value in fillers.items() if name in batch}
+    whole["position_ids"] = torch.arange(whole["input_ids"].shape[1]).expand(whole["input_ids"].shape)
+    return batch | {name: tensor.chunk(parts, dim=1)[part].contiguous() for name, tensor in whole.items()}
 
 
 def rows_of_labels(batch):

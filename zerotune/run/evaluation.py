@@ -16,6 +16,8 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 
 from zerotune.engine.processes import unwrap
+from zerotune.engine.sequence_parallel import whole_rows
+from zerotune.engine.tensor_parallel import copies, place
 from zerotune.errors import UserError
 from zerotune.model.loss import by_source, token_losses
 from zerotune.rows import IGNORE
@@ -69,7 +71,7 @@ def evaluating(model):
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), whole_rows():
             yield
     finally:
         for module, training in modes:
@@ -107,8 +109,8 @@ class Evaluator:
             generated = np.full_like(prompts, self.longest_generated)
             costs, packed = np.stack([prompts, generated], axis=1) * args.generation_num_beams, False
         costs = costs if packed else self.collator.padded_to(costs)
-        place = accelerator.num_processes, accelerator.process_index
-        for numbers, real in evaluation_batches(costs, *place, args.per_device_eval_batch_size, limit, packed):
+        shares, share, _ = place(accelerator, evaluating=True)
+        for numbers, real in evaluation_batches(costs, shares, share, args.per_device_eval_batch_size, limit, packed):
             self.monitor.beat()
             self.stopper.interrupt()
             self.data.release()
@@ -197,7 +199,7 @@ class Evaluator:
             sums[:, 0] += torch.stack([loss_sum.double(), (labels != IGNORE).sum().double()])
             if count:
                 sums[:, 1:] += by_source(losses, labels, sources, count)
-        sums, targets = self.accelerator.reduce(sums, reduction="sum").tolist()
+        sums, targets = (self.accelerator.reduce(sums, reduction="sum") / copies(self.accelerator)).tolist()
         return sums, targets, classes
 
     def generate(self, model, split):

@@ -9,6 +9,7 @@ import transformers
 from accelerate.utils import gather_object
 
 from zerotune.engine.processes import unwrap
+from zerotune.engine.tensor_parallel import copies
 from zerotune.errors import RunError, UserError
 from zerotune.model.adapters import adapter_state, merge, save_adapter
 from zerotune.model.frozen_dtype import widened
@@ -26,6 +27,8 @@ def export(accelerator, model, tokenizer, final, args):
     inner = unwrap(model)
     if args.peft:
         state = adapter_state(inner)
+    elif copies(accelerator) > 1:  # pieces of layers are put together on the main process; accelerate asks for a key of stage 3
+        state = model._consolidated_16bit_state_dict()
     else:  # under ZeRO-3 a collective, and whole on the main process
         state = accelerator.get_state_dict(model) if accelerator.state.deepspeed_plugin else inner.state_dict()
     by_main_process(accelerator, lambda: write(inner, state, tokenizer, final, args))

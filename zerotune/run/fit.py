@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, send_to_device
 
 from zerotune.engine.ending import start_again
 from zerotune.engine.reduction import can_choose
+from zerotune.engine.tensor_parallel import place
 from zerotune.errors import RunError, UserError
 from zerotune.model import packing
 from zerotune.model.loading import hidden_size
@@ -40,7 +41,7 @@ class Fit:
     def __init__(self, accelerator, strategy, plugin, args, config, tokenizer, data, forward_loss, make_trainable):
         self.accelerator, self.strategy, self.plugin, self.args, self.data = accelerator, strategy, plugin, args, data
         self.planner = Planner(args, config, forward_loss, make_trainable, tokenizer, data)
-        self.machine = this_machine(accelerator.num_processes)
+        self.machine = this_machine(accelerator.num_processes, strategy.num_machines)
 
     def forecast(self):
         """Return the Forecast of this run."""
@@ -61,7 +62,7 @@ class Fit:
 
         The same on every rank. UserError if the rows of a step cannot be shared out over the processes.
         """
-        args, choice, problem, processes = self.args, None, None, self.accelerator.num_processes
+        args, choice, problem, processes = self.args, None, None, place(self.accelerator)[0]
         given = [getattr(args, name) for name in CUT]
         if self.accelerator.is_main_process and (saved := newest_manifest(args.output_dir, args.resume_from_checkpoint)):
             rows, per_device = saved["fingerprint"]["rows a step"], given[0]

@@ -5,6 +5,7 @@ import time
 import torch
 
 from zerotune.engine.stopping import Watchdog
+from zerotune.engine.tensor_parallel import copies
 from zerotune.model import compiling
 from zerotune.model.loss import by_source
 from zerotune.run import records
@@ -63,7 +64,7 @@ class Monitor:
 
     def source_facts(self, step):
         """Return {name of a source: rows drawn of it so far, passes over it, its loss since the last record}; a collective."""
-        sums, targets = self.accelerator.reduce(self.by_source, reduction="sum").tolist()
+        sums, targets = (self.accelerator.reduce(self.by_source, reduction="sum") / copies(self.accelerator)).tolist()
         drawn = self.stream.drawn(self.schedule.rows_at(step)).tolist()
         self.by_source.zero_()
         return {

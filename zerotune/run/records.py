@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from zerotune.engine.tensor_parallel import copies
 from zerotune.errors import UserError, nearest
 from zerotune.rows.collation import TERMS, count_tokens, shape_terms
 
@@ -288,8 +289,10 @@ class Window:
         host = [self.real_tokens, self.padded_tokens, *self.shape_terms, *memory.values()]
         mine = torch.cat([self.loss_sum[None], torch.tensor(host, device=self.accelerator.device, dtype=torch.float64)])
         ranks = self.accelerator.gather(mine[None])
-        (loss_sum, real, padded), terms = ranks[:, :3].sum(0).tolist(), ranks[:, 3 : -len(memory)].sum(0).tolist()
-        seconds, targets = time.perf_counter() - self.begin, self.target_tokens.item()
+        copies_of_row = copies(self.accelerator)
+        sums = ranks[:, : -len(memory)].sum(0) / copies_of_row
+        (loss_sum, real, padded), terms = sums[:3].tolist(), sums[3:].tolist()
+        seconds, targets = time.perf_counter() - self.begin, self.target_tokens.item() / copies_of_row
         record = {
             "step": step,
             "epoch": round(epoch, 4),

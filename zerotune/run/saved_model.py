@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from zerotune.engine.frozen import frozen_checksum
 from zerotune.engine.pieces import WEIGHT
+from zerotune.engine.tensor_parallel import num_pieces
 from zerotune.errors import UserError
 from zerotune.model import loading
 from zerotune.model.adapters import adapter_state
@@ -29,6 +30,11 @@ def model_of(folder, content, flags, make_trainable):
     content: its manifest. flags: those of its run, make_trainable: train.py's. UserError if the model that the run began from is
     not the one that --model_name_or_path names.
     """
+    saved = SavedState(folder)
+    if (pieces := max(map(num_pieces, saved.shapes), default=1)) > 1:
+        raise UserError(
+            f"{folder}: its layers are cut into {pieces} pieces (tensor_parallel); take the run's final/, which is whole"
+        )
     transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # else ZeRO-3 would shard the model over all ranks
     config, tokenizer = loading.load_config_and_tokenizer(flags)
     precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[flags.mixed_precision]
@@ -41,7 +47,6 @@ def model_of(folder, content, flags, make_trainable):
     alone = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=True)
     if content["frozen_weights"] not in (None, frozen_checksum(alone, model, precision, report.never_learning(model))):
         raise UserError(f"{folder}: its frozen weights are others than {flags.model_name_or_path} has; give --model_name_or_path")
-    saved = SavedState(folder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in saved.shapes:

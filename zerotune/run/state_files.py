@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from zerotune.engine.pieces import WEIGHT, pieces, publish_weights, set_states, states_of, zero_optimizer
 from zerotune.engine.processes import unwrap
+from zerotune.engine.tensor_parallel import num_pieces, piece_words
 from zerotune.errors import UserError
 
 BUFFER, WHOLE = "buffer", "whole:"
@@ -229,13 +230,18 @@ def load(accelerator, model, optimizer, folder, new=frozenset(), settled=frozens
 
 def check(saved, accelerator, model, optimizer, new, settled):
     """Raise UserError unless a state can be loaded here: the same parameters learn, and no state is in blocks cut otherwise."""
-    named = unwrap(model).named_parameters()
-    here = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in named if p.requires_grad or n in settled}
-    for name in sorted((here.keys() | saved.shapes.keys()) - (new - saved.shapes.keys())):
-        if here.get(name) != saved.shapes.get(name):
-            shapes = [
-                "not there" if shape is None else f"of shape {list(shape)}" for shape in (saved.shapes.get(name), here.get(name))
-            ]
+    own, named = piece_words(model), unwrap(model).named_parameters()
+    cut, here = {num_pieces(name) for name in saved.shapes}, num_pieces(own)
+    if cut - {here}:
+        raise UserError(
+            f"{saved.folder}: its layers are cut into {max(cut)} piece(s), and here into {here}; go on under the "
+            "tensor_parallel.autotp_size that it was saved under"
+        )
+    theirs = {name: shape for name, shape in saved.shapes.items() if name.endswith(own)}
+    here = {n + own: tuple(getattr(p, "ds_shape", p.shape)) for n, p in named if p.requires_grad or n in settled}
+    for name in sorted((here.keys() | theirs.keys()) - (new - theirs.keys())):
+        if here.get(name) != theirs.get(name):
+            shapes = ["not there" if shape is None else f"of shape {list(shape)}" for shape in (theirs.get(name), here.get(name))]
             raise UserError(f"{saved.folder}: {name} is {shapes[0]} in it and {shapes[1]} here; go on with the model it is of")
     allowed = {undivided(accelerator, optimizer, rank) for rank in range(accelerator.num_processes)}
     for name in saved.whole:

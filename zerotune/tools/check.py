@@ -5,11 +5,13 @@
 scripts/launch.sh does so before each launch: a mistake is a line and exit code 2 there, not the tracebacks of a launcher.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import yaml
 
+from zerotune.engine import sequence_parallel
 from zerotune.engine.deepspeed_checks import check_config
 from zerotune.engine.deepspeed_config import read_deepspeed_config, resolve
 from zerotune.engine.strategy import check_device
@@ -53,7 +55,10 @@ def check_launch(path, num_processes, flags):
         try:
             config = read_deepspeed_config(json_path)
             check_config(config, json_path, args)
-            resolve(config, json_path, args, num_processes, hidden_size=1)
+            parallel = content.get("parallelism_config") or {}
+            sizes = {kind: parallel.get(f"parallelism_config_{kind.lower()}_size", 1) for kind in ("SP", *sequence_parallel.OTHERS)}
+            problems += sequence_parallel.launch_problems(sizes, config, json_path, args)
+            resolve(config, json_path, args, num_processes, 1, int(os.environ.get("NUM_MACHINES", 1)))
         except UserError as error:
             problems += error.problems
     if problems:

@@ -57,7 +57,7 @@ def main(words):
     problems += [f"--strategy {name}: not known{nearest(name, STRATEGIES)}; allowed: {', '.join(STRATEGIES)}" for name in unknown]
     if problems:
         raise UserError(*problems)
-    facts, lines = plan_lines(planner_of(args), machine, flags_of_train(words, own), strategies or STRATEGIES)
+    facts, lines = plan_lines(planner_of(args), machine, flags_of_train(words, own), strategies)
     print(json.dumps(facts, indent=2, default=str) if shown else "\n".join(lines))
     if plot:
         draw(facts, machine, plot)
