@@ -125,7 +125,7 @@ class Cluster:
         """Return {name: value} of what Slurm knows of a job."""
         return dict(re.findall(r"(\w+)=(\S*)", self.ask("scontrol", "show", "job", str(job))))
 
-    def wait(self, what, condition, timeout=180):
+    def wait(self, what, condition, timeout=300):
         end = time.monotonic() + timeout
         while not (found := condition()):
             logs = "\n".join(f"{path}:\n{path.read_text()[-3000:]}" for path in self.folder.glob("*-*.*"))
@@ -278,6 +278,7 @@ def test_a_node_that_dies(cluster, train, tiny, rows16, tmp_path):
     assert not any(pid in ranks.values() for pid in ranks_of(out).values())
     straight = train("ddp", name="straight", **options)
     output = check_end(cluster, job, log, out, "ddp", straight)
+    assert output.count("the connection to another rank has ended (") == 1 and "[rank0]: Traceback" not in output
     assert "slurm.sh: start 2 on n[1-2], from step " in output and "slurm.sh: start 2 on n[1-2], from step 0\n" not in output
 
 
