@@ -236,6 +236,28 @@ def test_shipped_matrices_are_right():
 
 
 @pytest.mark.launch
+def test_the_ladder_in_one_process_runs(tmp_path):
+    """tests/gpu_ladder.py, which is for a GPU: a run a set, one after the other; what cannot run here is a line."""
+    matrix = yaml.safe_load((ROOT / "benchmarks/gpu_ladder.yaml").read_text())
+    small = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    matrix["data"]["model"] |= small
+    matrix["data"]["rows"] = {"num_rows": 16, "source_tokens": [4, 40], "target_tokens": [4, 20]}
+    matrix["flags"] |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    matrix["sets"] = {name: matrix["sets"][name] for name in ("naive", "+ packed", "flex attention")}
+    matrix |= {"warmup_steps": 1, "measured_steps": 2}
+    (tmp_path / "matrix.yaml").write_text(yaml.safe_dump(matrix))
+    words = ["--matrix", str(tmp_path / "matrix.yaml"), "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "tests/gpu_ladder.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sets = json.loads((tmp_path / "out/results.json").read_text())["sets"]
+    naive, packed = ([record["loss"] for record in sets[name]["records"]] for name in ("naive", "+ packed"))
+    assert packed == pytest.approx(naive, rel=2e-3) and len(naive) == 3  # in bf16
+    assert "trains on a GPU" in sets["flex attention"]["error"]
+    table = (tmp_path / "out/table.md").read_text()
+    assert done.stdout.endswith(table + "\n") and table.count("| 1.00 |") == 1 and "trains on a GPU" in table
+
+
+@pytest.mark.launch
 def test_the_benchmark_of_rows_runs(tmp_path):
     """Conversations, prepared by both sides in processes of their own: each kind has its times."""
     command = [sys.executable, "-m", "zerotune.tools.benchmark.rows", "--chats", "--num_rows", "1500", "--repeats", "1"]
