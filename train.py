@@ -34,6 +34,7 @@ from accelerate.utils import (
 from torch.utils.data import DataLoader
 
 from zerotune.engine import processes, stopping
+from zerotune.engine.connections import explain_and_end
 from zerotune.engine.deepspeed_config import has_cuda
 from zerotune.engine.determinism import seed_pass, set_deterministic, set_tf32
 from zerotune.engine.ending import exit_with, finish, ignore_signals
@@ -117,15 +118,15 @@ def setup(args):
         project_dir=args.output_dir,
     )
     processes.check_processes(accelerator, args.output_dir)
+    watchdog = stopping.Watchdog(args.hang_timeout_seconds, accelerator.process_index)
     set_deterministic(args.deterministic)
     set_tf32(args.tf32)
     console = records.Console(accelerator.is_main_process)
     console.say(f"strategy: {strategy.name}, {processes.describe(accelerator)}, mixed precision {args.mixed_precision}")
     if args.mixed_precision == "fp16" and config.model_type in loading.T5_FAMILY:
         console.say("warning: T5's feed-forward output overflows in fp16 on many inputs; bf16 is safe where the hardware has it")
-    return SimpleNamespace(
-        args=args, strategy=strategy, plugin=plugin, accelerator=accelerator, console=console, config=config, tokenizer=tokenizer
-    )
+    made = {"strategy": strategy, "plugin": plugin, "accelerator": accelerator, "watchdog": watchdog}
+    return SimpleNamespace(args=args, console=console, config=config, tokenizer=tokenizer, **made)
 
 
 def load_rows(run):
@@ -282,7 +283,8 @@ def accompany(run, start):
     saved = run.manifest or {"overflowed_steps": 0}
     counts = {"overflowed_steps": saved["overflowed_steps"]}
     run.training_steps = TrainingSteps(run.data, run.collator, args, *place(accelerator), run.schedule.row_offset)
-    run.monitor = Monitor(accelerator, model, optimizer, args, run.schedule, run.console, counts, start, run.data)
+    given = run.schedule, run.console, counts, start, run.data, run.watchdog
+    run.monitor = Monitor(accelerator, model, optimizer, args, *given)
     run.saver = Saver(accelerator, model, optimizer, args, run.manifest_facts, counts, run.monitor)
     lines_of_step = run.training_steps.lines_of_step
     run.guard = Guard(accelerator, model, optimizer, args, run.monitor, run.saver, lines_of_step, saved.get("guard"))
@@ -399,3 +401,6 @@ if __name__ == "__main__":
         main(ARGS)
     except UserError as error:
         exit_with(error)
+    except RuntimeError as error:
+        explain_and_end(error)
+        raise

@@ -45,6 +45,7 @@ from accelerate import PartialState
 from zerotune.engine.stopping import Watchdog
 state = PartialState(cpu=True, backend="gloo")
 watchdog = Watchdog(1.0 if state.process_index == 0 else 600.0, state.process_index)
+watchdog.beat()
 print("neighbours", state.process_index, len(watchdog.neighbours), flush=True)
 time.sleep(300)
 """

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
+from zerotune.engine.connections import own_addresses
 from zerotune.engine.deepspeed_config import section
 from zerotune.engine.ending import STARTED_AGAIN
 from zerotune.engine.tensor_parallel import place
@@ -84,14 +85,29 @@ def check_alike(what, value):
 
 
 @functools.cache
-def neighbours():
-    """Return the process numbers of the other ranks that this rank's launcher started; a collective at the first call.
+def everyone():
+    """Return (first rank of its machine, process number, addresses) of each rank; a collective at the first call.
 
     By the launcher's numbers, not by host name, which containers on two machines may share: the ranks of a node follow each other,
-    so that its first one names it. One launcher started them, so they see each other's process numbers.
+    so that its first one names it.
     """
-    node = int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
-    return [pid for other, pid in gather_object([(node, os.getpid())]) if other == node and pid != os.getpid()]
+    return gather_object([(first_here(), os.getpid(), own_addresses())])
+
+
+def first_here():
+    """Return the number of the first rank of this machine."""
+    return int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def neighbours():
+    """Return the process numbers of the other ranks of this machine; one launcher started them, so they see each other's."""
+    return [pid for node, pid, _ in everyone() if node == first_here() and pid != os.getpid()]
+
+
+def other_addresses():
+    """Return the addresses of the run's other machines."""
+    here = {address for node, _, addresses in everyone() if node == first_here() for address in addresses}
+    return {address for _, _, addresses in everyone() for address in addresses} - here
 
 
 def signal_to(pid, number):

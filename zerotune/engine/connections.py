@@ -1,0 +1,81 @@
+"""The connections to the run's other machines: whether these still answer, and what to say of one that is lost.
+
+A machine that loses its power or its network closes no connection: gloo would wait for it as long as for a rank that computes. The
+kernel knows better: what it sends is acknowledged by the other machine's kernel, however busy the processes there are.
+"""
+
+import contextlib
+import os
+import re
+import socket
+import struct
+import sys
+import time
+
+# gloo's errors, with the other side's address: it has closed the connection, or its machine was started anew.
+LOST = re.compile(r"gloo/transport/tcp.*?\[((?:\d+\.){3}\d+)\]")
+PROBES = 15  # seconds at most between the kernel's questions on a connection that has nothing to say
+
+
+def own_addresses():
+    """Return the addresses from which this process is connected, but for the loopback's; the other machines see the same ones."""
+    return sorted({local for _, local, _, sock in connected() if sock and not local.startswith("127.")})
+
+
+def connected():
+    """Yield (file descriptor, own address, other address, socket) of this process's connections by IPv4 TCP."""
+    for name in os.listdir("/proc/self/fd"):
+        # Another thread may close it at any time, or may have: then nothing is yielded, and nothing is lost.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as sock:
+            if sock.type == socket.SOCK_STREAM and sock.family in (socket.AF_INET, socket.AF_INET6):
+                own, other = (end[0].removeprefix("::ffff:") for end in (sock.getsockname(), sock.getpeername()))
+                yield int(name), own, other, sock
+
+
+class Connections:
+    """This process's connections to the addresses of other machines of the run."""
+
+    def __init__(self, others, timeout):
+        """others: addresses; timeout: seconds after which a machine that does not answer is lost."""
+        self.others, self.timeout, self.since = set(others), timeout, {}
+
+    def silence(self):
+        """Return {address: seconds for which it has not answered what the kernel sent or asked}, without those that answer."""
+        now, found, since = time.monotonic(), {}, {}
+        for number, _, other, sock in connected():
+            if other not in self.others:
+                continue
+            key = number, sock.getpeername()
+            since[key] = self.since.get(key, now)
+            if key not in self.since:
+                every = max(1, min(PROBES, int(self.timeout / 4)))
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, every)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, every)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 127)  # who gives up is the watchdog, with a reason
+            # struct tcp_info of linux/tcp.h: bytes 2 and 3 count what was sent again and what was asked without an answer.
+            facts = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
+            answered = struct.unpack_from("I", facts, 56)[0] / 1000
+            if facts[2] or facts[3]:
+                found[other] = max(found.get(other, 0.0), min(answered, now - since[key]))
+        self.since = since
+        return found
+
+    def lost(self, part=1.0):
+        """Return a sentence about the machines that have not answered for this part of the timeout, '' without any."""
+        silence = {other: seconds for other, seconds in self.silence().items() if seconds >= part * self.timeout}
+        words = ", ".join(f"{other} for {seconds:.0f} s" for other, seconds in sorted(silence.items()))
+        return f"no answer from {words}: that machine is down, or the network between is" if words else ""
+
+
+def explain_and_end(error):
+    """If an exception means that a connection to another rank is lost, say so in a line and end this process with code 1."""
+    if found := LOST.search(str(error)):
+        rank, address = os.environ.get("RANK", "0"), found[1]
+        print(
+            f"train.py: rank {rank}: the connection to a rank on {address} is lost: the output there says why, or the machine is "
+            "down; the same command goes on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # without leave_code: who has failed first may have left one
