@@ -96,6 +96,7 @@ def setup(args):
         check_packable(config)
     plugin = strategy.plugin(args, loading.hidden_size(config), config)
     backend = "nccl" if has_cuda() else "gloo"
+    meeting = processes.meeting()
     accelerator = Accelerator(
         # With cpu=True accelerate would drop DeepSpeed; without it, and without a GPU, it would not start DDP on the CPU.
         cpu=plugin is None and not has_cuda(),
@@ -117,6 +118,7 @@ def setup(args):
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
     )
+    meeting.cancel()
     processes.check_processes(accelerator, args.output_dir)
     watchdog = stopping.Watchdog(args.hang_timeout_seconds, accelerator.process_index)
     set_deterministic(args.deterministic)

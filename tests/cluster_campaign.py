@@ -26,7 +26,7 @@ from hosts import Hosts  # noqa: E402
 from torture import demo_flags, last_step, losses_of, start  # noqa: E402
 
 KINDS = ("preempted", "killed", "cable pulled")
-HANG_TIMEOUT = 8  # seconds, of --hang_timeout_seconds
+HANG_TIMEOUT = 15  # seconds, of --hang_timeout_seconds
 EARLY = 0.2  # a share
 
 
@@ -137,7 +137,7 @@ def campaign(count, strategy, faults, steps, folder, generator, until=float("inf
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = ["2:ddp:12:450", "3:zero3:12:350"]
+    default = ["2:zero3:12:400", "3:ddp:12:300"]
     parser.add_argument("--campaigns", nargs="+", default=default, help="each HOSTS:STRATEGY:FAULTS:STEPS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no further fault is done")

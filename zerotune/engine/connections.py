@@ -26,10 +26,12 @@ def connected():
     """Yield (file descriptor, own address, other address, socket) of this process's connections by IPv4 TCP."""
     for name in os.listdir("/proc/self/fd"):
         # Another thread may close it at any time, or may have: then nothing is yielded, and nothing is lost.
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as sock:
-            if sock.type == socket.SOCK_STREAM and sock.family in (socket.AF_INET, socket.AF_INET6):
-                own, other = (end[0].removeprefix("::ffff:") for end in (sock.getsockname(), sock.getpeername()))
-                yield int(name), own, other, sock
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(name))) as sock:
+                    own, other = sock.getsockname(), sock.getpeername()
+                    if sock.family in (socket.AF_INET, socket.AF_INET6):
+                        yield int(name), own[0].removeprefix("::ffff:"), other[0].removeprefix("::ffff:"), sock
 
 
 class Connections:

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import os
 import socket
+import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +43,26 @@ def meet_again():
             free.bind(("", 0))
             agent.set(key, str(free.getsockname()[1]))
     os.environ |= {"MASTER_PORT": agent.get(key).decode(), own_store: "False"}
+
+
+def meeting():
+    """Return a timer, to be cancelled when the ranks have met; after MACHINES_TIMEOUT seconds (300) it ends this process.
+
+    Of several machines alone, which have met by then (scripts/launch.sh): the ranks come within the time that their imports take,
+    while torch would wait for hours.
+    """
+    patience = float(os.environ.get("MACHINES_TIMEOUT", 300))
+
+    def give_up():
+        rank = os.environ.get("RANK", "0")
+        print(f"rank {rank}: the ranks of all machines have not met within {patience:g} s; ending", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(patience, give_up)
+    timer.daemon = True
+    if int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        timer.start()
+    return timer
 
 
 def check_processes(accelerator, output_dir):
