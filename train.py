@@ -34,10 +34,9 @@ from accelerate.utils import (
 from torch.utils.data import DataLoader
 
 from zerotune.engine import processes, stopping
-from zerotune.engine.connections import explain_and_end
 from zerotune.engine.deepspeed_config import has_cuda
 from zerotune.engine.determinism import seed_pass, set_deterministic, set_tf32
-from zerotune.engine.ending import exit_with, finish, ignore_signals
+from zerotune.engine.ending import exit_if_another_failed, exit_with, finish, ignore_signals
 from zerotune.engine.frozen import frozen_checksum
 from zerotune.engine.optimizer import build_optimizer
 from zerotune.engine.processes import unwrap
@@ -404,5 +403,5 @@ if __name__ == "__main__":
     except UserError as error:
         exit_with(error)
     except RuntimeError as error:
-        explain_and_end(error)
+        exit_if_another_failed(error)
         raise

@@ -7,6 +7,7 @@
 #   NUM_PROCESSES          GPUs here, or 2 processes on the CPU; with several machines: over all of them
 #   NUM_MACHINES=1         with MACHINE_RANK, MAIN_PROCESS_IP and MAIN_PROCESS_PORT=29500 for more, the same line on each; machine
 #                          0 waits MACHINES_TIMEOUT=300 seconds for the others (docs/clusters.md); taken from srun's, mpirun's or a PyTorchJob's variables
+#   HOSTFILE               a file of host names: starts itself on each over ssh (scripts/hosts.sh)
 #   OMP_NUM_THREADS        cores divided by the processes of this machine
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -14,6 +15,10 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="${PYTHON:-python3}"
 [[ -x $ROOT/.venv/bin/python && $PYTHON == python3 ]] && PYTHON="$ROOT/.venv/bin/python"
 STRATEGY="${STRATEGY:-zero2}"
+if [[ -n ${HOSTFILE:-} ]]; then
+    exec bash "$ROOT/scripts/hosts.sh" "$@"
+fi
+
 # Started by another launcher: one of this a machine, of which the machines' numbers are taken. An interactive shell of Slurm's (--pty)
 # is a machine of its own.
 if [[ -z ${NUM_MACHINES:-} ]]; then
@@ -97,6 +102,7 @@ for word in "$@"; do
         exec "$PYTHON" "$ROOT/train.py" --help
     fi
 done
+export NUM_MACHINES # hpZ is for several
 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m zerotune check "$config" "$NUM_PROCESSES" "$@"
 if ((NUM_MACHINES > 1)) && [[ $STRATEGY != single ]]; then
     # The other machines have to answer, and to be alike; gloo and NCCL get the interface that leads to machine 0.

@@ -86,12 +86,15 @@ def tiny_config(family, dropout):
             **common,
         )  # fmt: skip
         return t.BartForConditionalGeneration if family == "bart" else t.BartForSequenceClassification, config
-    if family in ("llama", "phi3"):
-        config = (t.LlamaConfig if family == "llama" else t.Phi3Config)(
+    if family in ("llama", "phi3", "qwen2", "qwen3"):
+        name = {"llama": "Llama", "phi3": "Phi3", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+        if family.startswith("qwen"):  # two heads share keys and values; --tokenizer_name says whose tokenizer
+            common |= {"num_key_value_heads": 2, "head_dim": 8}
+        config = getattr(t, f"{name}Config")(
             vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
             max_position_embeddings=128, attention_dropout=dropout, bos_token_id=3, **common,
         )  # fmt: skip
-        return t.LlamaForCausalLM if family == "llama" else t.Phi3ForCausalLM, config
+        return getattr(t, f"{name}ForCausalLM"), config
     if family == "gpt2":
         config = t.GPT2Config(
             vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=dropout, embd_pdrop=dropout,

@@ -37,7 +37,7 @@ def hold(result, folder, path, causal, frozen=()):
     return losses
 
 
-def test_hpz_is_of_one_machines_ranks():
+def test_hpz_is_of_one_machines_ranks(tiny, rows16, tmp_path):
     def size(given, processes, machines):
         config = change("zero3_hpz", "zero_optimization.zero_hpz_partition_size", given)
         resolved = resolve(config, "zero3_hpz.json", ARGS, processes, 64, machines)
@@ -52,6 +52,11 @@ def test_hpz_is_of_one_machines_ranks():
             UserError, match=f"of {processes} processes {processes // 2} are on a machine; write .auto. or a number"
         ):
             size(given, processes, 2)
+    flags = ["--model_name_or_path", tiny("t5"), "--train_file", rows16, "--output_dir", tmp_path]
+    pod = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}  # machines that launch.sh finds out
+    for processes, code in (("4", 0), ("2", 2)):
+        done = launch_sh(*flags, STRATEGY="zero3_hpz", NUM_PROCESSES=processes, DRY_RUN="1", **pod)
+        assert done.returncode == code and ("of 2 processes 1 are on a machine" in done.stderr) == (code == 2), done.stderr
 
 
 def plain_loss(final, rows):
@@ -95,8 +100,15 @@ def test_hpz(train, tiny, rows16):
     assert state_hash(again.folder / "checkpoint-6") == state_hash(straight.folder / "checkpoint-6")
     assert again.records("eval_loss") and all(torch.equal(w, again.weights()[n]) for n, w in straight.weights().items())
 
-    llama = options | {"model_name_or_path": tiny("llama"), "task": "causal", "source_suffix": "", "freeze": None}
-    hold(train("zero3_hpz", 4, name="llama", environment=TWO_MACHINES, **llama), tiny("llama"), rows16, causal=True)
+    # Weights come from all ranks once a step, and at the first not even that; all else comes from the machine's own copy.
+    options |= {"model_name_or_path": tiny("llama"), "task": "causal", "source_suffix": "", "freeze": None, "test_file": None}
+    counted = train("zero3_hpz", 4, name="llama", environment=TWO_MACHINES | {"SCRIPT": "tests/gathered.py"}, **options)
+    hold(counted, tiny("llama"), rows16, causal=True)
+    lines = [line.partition("gathered ")[2] for line in counted.output.splitlines()]
+    first, *later = [json.loads(line) for line in lines if line]
+    assert len(later) == FLAGS["max_steps"] - 1 and set(first) == {"2"}
+    weights = sum(weight.numel() for weight in counted.weights().values())
+    assert all(0.9 * weights < step["4"] <= weights < 1.5 * step["2"] for step in later)  # some small ones stay everywhere
 
 
 TP = {"autotp_size": 2, "vocab_parallel_lm_head": False}
@@ -124,12 +136,13 @@ def test_tensor_parallel_refuses(section, flags, words):
 
 
 def test_models_that_cannot_be_cut_are_named():
-    def problems(family, processes=4, machines=1, size=2, **sizes):
+    def problems(family, processes=4, machines=1, size=2, freezes=True, **sizes):
         _, config = tiny_config(family, 0.0)
         config.update(sizes)
-        return model_problems({"tensor_parallel": {"autotp_size": size}}, "own.json", config, processes, machines)
+        return model_problems({"tensor_parallel": {"autotp_size": size}}, "own.json", config, processes, machines, freezes)
 
-    assert problems("llama") == [] == model_problems({}, "zero2.json", None, 3, 1)
+    assert problems("llama") == [] == model_problems({}, "zero2.json", None, 3, 1, True)
+    assert problems("qwen3", freezes=False) == [] and "--freeze: DeepSpeed 0.19.8 cannot cut qwen3" in problems("qwen3")[0]
     assert "phi3 has not been seen to train so; allowed: llama, mistral, qwen2, qwen3; use zero3" in problems("phi3")[0]
     assert "gpt2 has not been seen" in problems("gpt2")[0] and "t5 has not been seen" in problems("t5")[0]
     assert problems("llama", num_key_value_heads=1) == [
@@ -224,8 +237,9 @@ def test_tensor_parallel(train, tiny, rows16):
         checkpoint.main(["export", str(straight.folder / "checkpoint-3"), str(straight.folder / "model")])
 
     frozen = options | {"gradient_accumulation_steps": 2, "freeze": ["embeddings", "layers[:2]"], "reduce": "once"}
+    frozen |= {"model_name_or_path": tiny("qwen2"), "tokenizer_name": folder}
     two = train("zero2_tp", 4, name="two", **frozen)
-    hold(two, folder, rows16, causal=True, frozen=["model.embed_tokens", "model.layers.0.", "model.layers.1."])
+    hold(two, tiny("qwen2"), rows16, causal=True, frozen=["model.embed_tokens", "model.layers.0.", "model.layers.1."])
 
 
 def test_stretches_are_the_rows():
@@ -265,5 +279,6 @@ def test_sequences_cut_over_ranks(train, tiny, rows16):
     assert all(torch.equal(weight, again.weights()[name]) for name, weight in straight.weights().items())
 
     frozen = options | {"gradient_accumulation_steps": 2, "freeze": ["embeddings", "layers[:2]"], "reduce": "once"}
+    frozen |= {"model_name_or_path": tiny("qwen3"), "tokenizer_name": folder}
     two = train("zero3_sp", 4, name="two", **frozen)
-    hold(two, folder, rows16, causal=True, frozen=["model.embed_tokens", "model.layers.0.", "model.layers.1."])
+    hold(two, tiny("qwen3"), rows16, causal=True, frozen=["model.embed_tokens", "model.layers.0.", "model.layers.1."])

@@ -13,7 +13,7 @@ import pytest
 from cluster_campaign import compare
 from conftest import ROOT, check_engine, flags_of
 from hosts import Hosts, lacks
-from torture import losses_of
+from torture import losses_of, ranks_of
 
 from zerotune.run import manifest
 from zerotune.run.checkpoint import list_checkpoints
@@ -158,6 +158,57 @@ def test_who_starts_it_tells_the_machines(flags, starter):
         assert direct.stderr.count("\n") == 1
 
 
+@pytest.fixture
+def over_ssh(tmp_path, port):
+    """Return a function (hosts, flags, **environment) that starts launch.sh with a HOSTFILE; `ssh` runs its words here."""
+    (tmp_path / "ssh").write_text('#!/bin/bash\n[[ $1 == broken ]] && exit 3\nshift\nexec "$@"\n')
+    (tmp_path / "ssh").chmod(0o755)
+
+    def start(hosts, flags, **more):
+        (tmp_path / "hosts").write_text(f"# machines\n{hosts}\n")
+        given = {"HOSTFILE": str(tmp_path / "hosts"), "SSH": str(tmp_path / "ssh"), "STRATEGY": "ddp", "PYTHON": sys.executable}
+        given |= {"MAIN_PROCESS_PORT": str(port), "OMP_NUM_THREADS": "1", "MACHINES_TIMEOUT": "60"} | more
+        command = ["bash", "scripts/launch.sh", *flags_of(flags)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | given, **pipes)
+
+    return start
+
+
+@pytest.mark.launch
+def test_over_ssh(over_ssh, tiny, rows16, tmp_path):
+    """Two machines train; a signal to the one launch.sh reaches both, which save and end."""
+    out = tmp_path / "it's out"  # to be quoted
+    options = {"model_name_or_path": tiny("llama"), "task": "causal", "train_file": rows16, "output_dir": out, "logging_steps": 1}
+    process = over_ssh("127.0.0.1\nme@two", options | {"max_steps": 100_000, "save_steps": 0, "end_report": "false"})
+    records = out / "metrics.jsonl"
+    while process.poll() is None and not (records.exists() and records.stat().st_size):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 143 and output.count("stopped by signal 15 after step") == 1, output[-3000:]
+    assert len(list_checkpoints(out)) == 1 and ranks_of(out) == {}
+    check_engine(json.loads((out / "run.json").read_text())["engine"], "ddp", 2)
+
+
+def test_hosts_that_fail(over_ssh, flags, tmp_path):
+    process = over_ssh("127.0.0.1\nbroken", flags, END_SECONDS="1")  # the first one waits for it
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 3, output
+    assert "launch.sh: machine 1 (broken) has ended with exit code 3; the others get 1 s\n" in output and "Traceback" not in output
+    for hosts, words in (
+        ("one", "needs two lines at least, each another machine"),
+        ("one\none", "needs two lines at least, each another machine"),
+        (
+            "one slots=8\ntwo slots=8",
+            "'one slots=8': give a name for ssh a line, and the processes of all machines as NUM_PROCESSES",
+        ),
+    ):
+        process = over_ssh(hosts, flags)
+        output = process.communicate(timeout=60)[0]
+        assert (process.returncode, output) == (2, f"launch.sh: HOSTFILE={tmp_path / 'hosts'}: {words}\n")
+
+
 @pytest.fixture(scope="module")
 def hosts():
     if reason := lacks():
@@ -279,7 +330,8 @@ def test_cables_that_are_pulled_and_a_node_that_is_killed(hosts, train, tiny, ro
     started[0].kill()
     os.kill(ranks[1], signal.SIGCONT)
     output = ended(started, (1,))[1]
-    assert f"rank 1: the connection to a rank on {hosts.address(0)} is lost" in output, output[-3000:]
+    words = f"rank 1 ({hosts.names[1]}): the connection to another rank has ended (Connection closed by peer [{hosts.address(0)}]"
+    assert words in output and 'Traceback (most recent call last):\n  File "{ROOT}/train.py' not in output, output[-3000:]
 
     last = [host.wait(besides=1) for host in start()]
     assert [code for code, _ in last] == [0, 0], last

@@ -129,7 +129,8 @@ def test_activations_wait_elsewhere(family, checkpointing, monkeypatch):
     left.clear()
     gradients(model, batch)
     blocks = 2 + 2 if family in ("t5", "bart") else len(model.get_decoder().layers if family == "llama" else model.transformer.h)
-    assert len(left) == blocks if checkpointing else len(left) > 4 * blocks
+    count = sum(tensor.numel() > 0 for tensor in left)  # torch 2.11 saves an empty one beside each
+    assert count == blocks if checkpointing else count > 4 * blocks
 
 
 def test_as_few_blocks_as_there_is_room_for(tiny, rows16):

@@ -137,7 +137,7 @@ def test_a_plan_of_70_billion_parameters(llama_70b, tmp_path):
     """Without weights, rows, a tokenizer or a GPU; what it takes itself is less than 4 GiB."""
     picture = tmp_path / "plan.png"
     words = "--num_gpus 64 --gpus_per_node 8 --gpu H100 --host_memory_gib 1024 --task causal --mixed_precision bf16".split()
-    words += "--text_column text --max_source_length 4096 --per_device_train_batch_size 1 --gradient_checkpointing".split()
+    words += "--text_column text --max_source_length 512 --per_device_train_batch_size 1 --gradient_checkpointing".split()
     done = plan(*words, "--model_name_or_path", llama_70b, "--json", "--plot", picture)
     assert done.returncode == 0, done.stderr
     assert int(done.stderr.split("peak KiB")[1]) < 4 * 2**20

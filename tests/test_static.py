@@ -243,6 +243,7 @@ def test_all_scripts_are_known():
         *EXAMPLES,
         "benchmark_zero",
         "gpu_check",
+        "hosts",
         "launch",
         "quickstart",
         "setup",

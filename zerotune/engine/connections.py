@@ -1,4 +1,4 @@
-"""The connections to the run's other machines: whether these still answer, and what to say of one that is lost.
+"""The connections to the run's other machines: whether these still answer.
 
 A machine that loses its power or its network closes no connection: gloo would wait for it as long as for a rank that computes. The
 kernel knows better: what it sends is acknowledged by the other machine's kernel, however busy the processes there are.
@@ -6,14 +6,10 @@ kernel knows better: what it sends is acknowledged by the other machine's kernel
 
 import contextlib
 import os
-import re
 import socket
 import struct
-import sys
 import time
 
-# gloo's errors, with the other side's address: it has closed the connection, or its machine was started anew.
-LOST = re.compile(r"gloo/transport/tcp.*?\[((?:\d+\.){3}\d+)\]")
 PROBES = 15  # seconds at most between the kernel's questions on a connection that has nothing to say
 
 
@@ -68,16 +64,3 @@ class Connections:
         silence = {other: seconds for other, seconds in self.silence().items() if seconds >= part * self.timeout}
         words = ", ".join(f"{other} for {seconds:.0f} s" for other, seconds in sorted(silence.items()))
         return f"no answer from {words}: that machine is down, or the network between is" if words else ""
-
-
-def explain_and_end(error):
-    """If an exception means that a connection to another rank is lost, say so in a line and end this process with code 1."""
-    if found := LOST.search(str(error)):
-        rank, address = os.environ.get("RANK", "0"), found[1]
-        print(
-            f"train.py: rank {rank}: the connection to a rank on {address} is lost: the output there says why, or the machine is "
-            "down; the same command goes on from the newest checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # without leave_code: who has failed first may have left one

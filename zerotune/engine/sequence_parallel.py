@@ -10,7 +10,8 @@ import os
 
 from zerotune.engine.deepspeed_config import section
 
-# Seen to do what a plain loop does. DeepSpeed's attention drops every mask: a sliding window would be lost with it.
+# Seen to do what a plain loop does: Llama and Qwen 3 in tests/test_big_machines.py, Qwen 2 by hand. DeepSpeed's attention drops
+# every mask, and a sliding window would be lost with it.
 FAMILIES = ("llama", "qwen2", "qwen3")
 UNSEEN = (
     "peft quantize freeze_schedule frozen_eval cache_frozen torch_compile liger auto_batch probe_longest_batch packing "

@@ -78,7 +78,8 @@ class Strategy:
         """
         if self.config is None:
             return None
-        problems = tensor_parallel.model_problems(self.config, self.name, model_config, self.num_processes, self.num_machines)
+        here = model_config, self.num_processes, self.num_machines, bool(args.freeze)
+        problems = tensor_parallel.model_problems(self.config, self.name, *here)
         problems += sequence_parallel.model_problems(self.sequence_parts, model_config, self.num_processes)
         if problems:
             raise UserError(*problems)

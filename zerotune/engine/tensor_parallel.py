@@ -9,8 +9,9 @@ import torch
 from zerotune.engine.deepspeed_config import section
 from zerotune.engine.sequence_parallel import launched_size
 
-# Seen to do what a plain loop does; their transformers plans cut by columns and rows alone. Phi-3's has a style that DeepSpeed
-# 0.19.8 does not know (module_inject/tp_plan_converter.py:45); one without a plan (GPT-2, T5, BART) is left to a guess by names.
+# Seen to do what a plain loop does: Llama and Qwen 2 in tests/test_big_machines.py, the others by hand. Their transformers plans
+# cut by columns and rows alone. Phi-3's has a style that DeepSpeed 0.19.8 does not know (module_inject/tp_plan_converter.py:45); a
+# model without a plan (GPT-2, T5, BART) is left to a guess by names.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 KEYS = {"autotp_size", "vocab_parallel_lm_head"}
 # Flags that reach into layers which AutoTP replaces, or read checkpoints by whole parameters.
@@ -51,8 +52,11 @@ def flag_problems(config, name, args):
     return problems
 
 
-def model_problems(config, name, model_config, num_processes, num_machines):
-    """Return why a model cannot have its layers cut over so many ranks; model_config: transformers'."""
+def model_problems(config, name, model_config, num_processes, num_machines, freezes):
+    """Return why a model cannot have its layers cut over so many ranks.
+
+    model_config: transformers'; freezes: whether a part of it is to be frozen.
+    """
     if (size := group_size(config)) == 1:
         return []
     text = model_config.get_text_config()
@@ -61,6 +65,10 @@ def model_problems(config, name, model_config, num_processes, num_machines):
         return [f"{given}: does not divide the {num_processes // num_machines} processes of a machine; give a number that does"]
     if model_config.model_type not in FAMILIES:
         return [f"{given}: {model_config.model_type} has not been seen to train so; allowed: {', '.join(FAMILIES)}; use zero3"]
+    if freezes and model_config.model_type == "qwen3":  # a hook for the gradients of its norms (module_inject/auto_tp.py:961)
+        return [
+            f"{given} and --freeze: DeepSpeed 0.19.8 cannot cut qwen3 where norms are frozen; leave one of them out, or use zero3"
+        ]
     heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     sizes = {"attention heads": heads[0], "key-value heads": heads[1], "intermediate_size": text.intermediate_size}
     sizes["vocabulary"] = text.vocab_size

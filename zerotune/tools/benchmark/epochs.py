@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 T5 = {"model_type": "t5", "vocab_size": 2048, "d_model": 256, "d_kv": 32, "num_heads": 8, "d_ff": 1024, "num_layers": 6}
 MODELS = {"6 + 6 layers": {**T5, "num_decoder_layers": 6}, "6 + 1 layers": {**T5, "num_decoder_layers": 1}}
 MODELS["12 + 1 layers"] = {**T5, "num_layers": 12, "num_decoder_layers": 1}
+ROWS = 128
 KINDS = {"each epoch": False, "cached in the first": True, "read from the first": True}  # the last finds what the second wrote
 
 
@@ -48,7 +49,7 @@ def train(folder, model, name, cache, epochs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--num_rows", type=int, default=128)
+    parser.add_argument("--num_rows", type=int, default=ROWS)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
@@ -57,7 +58,8 @@ def main():
     args = parser.parse_args()
     path = args.out / "results.json"
     before = json.loads(path.read_text()) if path.exists() else None
-    kept = [run for run in before["runs"] if run["model"] not in args.models] if before else []
+    labels = {model: model if args.num_rows == ROWS else f"{model}, {args.num_rows} rows" for model in args.models}
+    kept = [run for run in before["runs"] if run["model"] not in labels.values()] if before else []
     found = [*kept]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -69,13 +71,19 @@ def main():
                     run = f"{number}-{repeat}-{kind.split()[0]}"
                     cache = folder / f"cache{number}-{repeat}" if cached else None
                     tokens, seconds, peak, loss, facts = train(folder, str(number), run, cache, args.epochs)
-                    row = {"model": model, "kind": kind, "repeat": repeat, "tokens_per_second": tokens / seconds, "peak_gib": peak}
+                    row = {
+                        "model": labels[model],
+                        "kind": kind,
+                        "repeat": repeat,
+                        "tokens_per_second": tokens / seconds,
+                        "peak_gib": peak,
+                    }
                     found.append(row | {"loss": loss, "cache": facts})
-                    print(f"{model}, {kind}: {tokens / seconds:,.0f} tokens/s, last loss {loss:.6f}", flush=True)
+                    print(f"{labels[model]}, {kind}: {tokens / seconds:,.0f} tokens/s, last loss {loss:.6f}", flush=True)
     environment = environment_facts() | {"command_line": None}
     if kept:
         environment["git_commit"] = f"{before['environment']['git_commit']}, {environment['git_commit']}"
-    results = {"environment": environment, "epochs": args.epochs, "rows": args.num_rows, "runs": found}
+    results = {"environment": environment, "epochs": args.epochs, "rows": before["rows"] if kept else args.num_rows, "runs": found}
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(path, results)
     (args.out / "table.md").write_text(table(results))
