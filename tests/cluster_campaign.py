@@ -94,7 +94,8 @@ def campaign(count, strategy, faults, steps, folder, generator, until=float("inf
                     break
                 time.sleep(0.02)
             if trains:
-                resumed_from.append(json.loads(run.read_text())["resumed_from"])
+                found = json.loads(run.read_text())["resumed_from"]
+                resumed_from.append(int(found.rpartition("-")[2]) if found else 0)
             if trains and strikes:
                 time.sleep(moment)
             if strikes and not any(host.ended() for host in started):
@@ -128,7 +129,7 @@ def campaign(count, strategy, faults, steps, folder, generator, until=float("inf
         "steps": steps,
         "hang_timeout_seconds": HANG_TIMEOUT,
         "starts": starts,
-        "resumed_from": resumed_from,
+        "resumed_from_steps": resumed_from,
         "faults": done,
         "wrong": wrong,
         "passed": not wrong,

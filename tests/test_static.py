@@ -184,6 +184,33 @@ def saver_lines(results):
     return lines
 
 
+def fault_lines(campaigns):
+    """Return the lines of docs/clusters.md for docs/cluster_campaign.json."""
+    lines = []
+    for campaign in campaigns:
+        faults = campaign["faults"]
+        counts = [sum(fault["kind"] == kind for fault in faults) for kind in ("preempted", "killed", "cable pulled")]
+        early = sum(fault["before_the_first_step"] for fault in faults)
+        worst = {
+            when: max(
+                (fault["seconds_until_all_had_ended"] for fault in faults if fault["before_the_first_step"] == when), default=0
+            )
+            for when in (False, True)
+        }
+        steps = ", ".join(map(str, campaign["resumed_from_steps"]))
+        row = [f"{campaign['strategy']} on {campaign['hosts']}", len(faults), *counts, early, steps]
+        lines.append(f"| {' | '.join(map(str, row))} | {worst[False]:.0f} | {worst[True]:.0f} |")
+    return lines
+
+
+def test_the_table_of_faults_is_the_committed_result():
+    campaigns = json.loads((ROOT / "docs/cluster_campaign.json").read_text())["campaigns"]
+    assert all(campaign["passed"] and not campaign["wrong"] for campaign in campaigns)
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    assert "\n".join(fault_lines(campaigns)) + "\n" in page
+    assert f"{sum(len(campaign['faults']) for campaign in campaigns)} faults" in page
+
+
 def test_the_tables_of_savers_are_the_committed_results():
     results = json.loads((ROOT / "benchmarks/cpu/savers/results.json").read_text())
     lines = saver_lines(results)
