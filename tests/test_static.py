@@ -27,7 +27,7 @@ OTHER_FLAGS = set(
     "config_file num_processes num_machines machine_rank main_process_ip main_process_port deepspeed_multinode_launcher help "
     "config disable-pip-version-check no-cache-dir quiet matrix out peer strategies repeats num_processes no-index no-deps "
     "find-links basetemp collect-only quick num_gpus gpus_per_node gpu gpu_memory_gib host_memory_gib nvme_gib strategy json plot "
-    "size_mib "
+    "size_mib rdzv_conf "
     "job-name output nodes gpus-per-node cpus-per-task mem time partition account signal ntasks-per-node requeue open-mode array "
     "gres label kill-on-bad-exit wait signals-to-handle pty nv".split()  # these of Slurm, torchrun and Apptainer
 )
