@@ -95,6 +95,7 @@ def setup(args):
         check_packable(config)
     plugin = strategy.plugin(args, loading.hidden_size(config), config)
     backend = "nccl" if has_cuda() else "gloo"
+    meeting = processes.meeting()
     accelerator = Accelerator(
         # With cpu=True accelerate would drop DeepSpeed; without it, and without a GPU, it would not start DDP on the CPU.
         cpu=plugin is None and not has_cuda(),
@@ -116,16 +117,17 @@ def setup(args):
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
     )
+    meeting.cancel()
     processes.check_processes(accelerator, args.output_dir)
+    watchdog = stopping.Watchdog(args.hang_timeout_seconds, accelerator.process_index)
     set_deterministic(args.deterministic)
     set_tf32(args.tf32)
     console = records.Console(accelerator.is_main_process)
     console.say(f"strategy: {strategy.name}, {processes.describe(accelerator)}, mixed precision {args.mixed_precision}")
     if args.mixed_precision == "fp16" and config.model_type in loading.T5_FAMILY:
         console.say("warning: T5's feed-forward output overflows in fp16 on many inputs; bf16 is safe where the hardware has it")
-    return SimpleNamespace(
-        args=args, strategy=strategy, plugin=plugin, accelerator=accelerator, console=console, config=config, tokenizer=tokenizer
-    )
+    made = {"strategy": strategy, "plugin": plugin, "accelerator": accelerator, "watchdog": watchdog}
+    return SimpleNamespace(args=args, console=console, config=config, tokenizer=tokenizer, **made)
 
 
 def load_rows(run):
@@ -282,7 +284,8 @@ def accompany(run, start):
     saved = run.manifest or {"overflowed_steps": 0}
     counts = {"overflowed_steps": saved["overflowed_steps"]}
     run.training_steps = TrainingSteps(run.data, run.collator, args, *place(accelerator), run.schedule.row_offset)
-    run.monitor = Monitor(accelerator, model, optimizer, args, run.schedule, run.console, counts, start, run.data)
+    given = run.schedule, run.console, counts, start, run.data, run.watchdog
+    run.monitor = Monitor(accelerator, model, optimizer, args, *given)
     run.saver = Saver(accelerator, model, optimizer, args, run.manifest_facts, counts, run.monitor)
     lines_of_step = run.training_steps.lines_of_step
     run.guard = Guard(accelerator, model, optimizer, args, run.monitor, run.saver, lines_of_step, saved.get("guard"))

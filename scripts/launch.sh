@@ -88,6 +88,7 @@ launch+=(--config_file "$config" --num_processes "$NUM_PROCESSES")
 if ((NUM_MACHINES > 1)); then
     launch+=(--num_machines "$NUM_MACHINES" --machine_rank "${MACHINE_RANK:=}")
     launch+=(--main_process_ip "${MAIN_PROCESS_IP:=}" --main_process_port "${MAIN_PROCESS_PORT:=29500}")
+    launch+=(--rdzv_conf "timeout=${MACHINES_TIMEOUT:-300}") # else the launchers wait 900 seconds for each other
     [[ $STRATEGY == zero* ]] && launch+=(--deepspeed_multinode_launcher standard)
 elif [[ -n ${MAIN_PROCESS_PORT:-} ]]; then
     launch+=(--main_process_port "$MAIN_PROCESS_PORT")

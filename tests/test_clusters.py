@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import shlex
 import signal
 import socket
 import subprocess
@@ -10,21 +10,15 @@ import sys
 import time
 
 import pytest
+from cluster_campaign import compare
 from conftest import ROOT, check_engine, flags_of
-from torture import ranks_of
+from hosts import Hosts, lacks
+from torture import losses_of, ranks_of
 
+from zerotune.run import manifest
 from zerotune.run.checkpoint import list_checkpoints
 
 FLAGS = {"output_dir": "runs/never", "max_steps": 4, "task": "causal"}
-
-
-def lacks():
-    """Return what this machine lacks for hosts in network namespaces, '' if nothing."""
-    if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
-        return "hosts in network namespaces need root and iproute2"
-    made = subprocess.run(["ip", "netns", "add", "zerotune-try"], capture_output=True, text=True)
-    subprocess.run(["ip", "netns", "del", "zerotune-try"], capture_output=True)
-    return f"no network namespaces here: {made.stderr.strip()}" if made.returncode else ""
 
 
 def machine(rank, flags, port, wait="20", processes="2", **environment):
@@ -215,77 +209,141 @@ def test_hosts_that_fail(over_ssh, flags, tmp_path):
         assert (process.returncode, output) == (2, f"launch.sh: HOSTFILE={tmp_path / 'hosts'}: {words}\n")
 
 
-# Hosts of their own: network, host name and /etc/hosts, in which the name means the loopback, as Debian writes it.
-NODES = {"zerotune0": "10.77.0.1", "zerotune1": "10.77.0.2"}
-
-
 @pytest.fixture(scope="module")
-def nodes():
+def hosts():
     if reason := lacks():
         pytest.skip(reason)
-
-    def ip(*words):
-        subprocess.run(["ip", *words], check=True)
-
-    try:
-        for number, name in enumerate(NODES):
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-            os.makedirs(f"/etc/netns/{name}", exist_ok=True)
-            with open(f"/etc/netns/{name}/hosts", "w") as file:
-                file.write(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
-            if number:
-                ip("link", "add", "cable1", "netns", name, "type", "veth", "peer", "name", "cable0", "netns", "zerotune0")
-        for number, (name, address) in enumerate(NODES.items()):
-            ip("-n", name, "address", "add", f"{address}/24", "dev", f"cable{number}")
-            ip("-n", name, "link", "set", f"cable{number}", "up")
-        yield [*NODES]
-    finally:
-        for name in NODES:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-            shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
+    made = Hosts(2)
+    yield made
+    made.remove()
 
 
-def on_nodes(nodes, strategy, flags, before=("", "")):
-    """Run launch.sh on both nodes; return [(exit code, output)]. before: a shell command on each."""
-    started = []
-    for rank, name in enumerate(nodes):
-        given = {"STRATEGY": strategy, "NUM_MACHINES": "2", "NUM_PROCESSES": "2", "MACHINE_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        given |= {"MAIN_PROCESS_IP": NODES["zerotune0"], "MACHINES_TIMEOUT": "60", "PYTHON": sys.executable}
-        given["MACHINES_SHARED_TIMEOUT"] = "2"
-        words = f'hostname {name}; {before[rank] or ":"}; exec bash scripts/launch.sh "$@"'
-        command = ["ip", "netns", "exec", name, "unshare", "--uts", "--mount", "bash", "-c", words, "node", *flags_of(flags)]
-        environment = {key: value for key, value in os.environ.items() if not key.endswith("_SOCKET_IFNAME")} | given
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
-    return [(process.communicate(timeout=300)[0], process.returncode)[::-1] for process in started]
+def options_of(tiny, rows16, **more):
+    return {
+        "model_name_or_path": tiny("llama", 0.1), "task": "causal", "train_file": rows16, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2, "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-3, "save_steps": 2,
+        "end_report": "false",
+    } | more  # fmt: skip
+
+
+def same_losses(folder, straight, steps):
+    """Assert that a run's losses are those of one on one machine; of a step that was taken twice the last one counts."""
+    mine, others = losses_of(folder), losses_of(straight)
+    assert [*mine] == list(range(1, steps + 1)) and mine == pytest.approx(others, rel=1e-5)
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_two_hosts_train_as_one_does(nodes, train, tiny, rows16, tmp_path, strategy):
-    options = {
-        "model_name_or_path": tiny("llama"), "task": "causal", "train_file": rows16, "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2, "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-3, "save_steps": 2,
-        "end_report": "false",
-    }  # fmt: skip
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_two_hosts_train_as_one_does(hosts, train, tiny, rows16, tmp_path, strategy):
+    options = options_of(tiny, rows16)
     one = train(strategy, name="one", **options)
     folder = tmp_path / "two"
-    ended = on_nodes(nodes, strategy, options | {"output_dir": folder})
+    ended = [host.wait() for host in hosts.start(strategy, flags_of(options | {"output_dir": folder}), tmp_path / "logs")]
     assert [code for code, _ in ended] == [0, 0], ended
     run = json.loads((folder / "run.json").read_text())
     check_engine(run["engine"], strategy, 2)
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    losses = [record["loss"] for record in records if "loss" in record]
-    assert len(losses) == 4 and losses == pytest.approx([record["loss"] for record in one.records("loss")], rel=1e-5)
+    same_losses(folder, one.folder, 4)
 
 
 @pytest.mark.launch
-def test_a_folder_that_is_not_shared_is_found_at_once(nodes, tiny, rows16, tmp_path):
+def test_a_folder_that_is_not_shared_is_found_at_once(hosts, tiny, rows16, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    options = {"model_name_or_path": tiny("llama"), "task": "causal", "train_file": rows16, "output_dir": folder, "max_steps": 4}
-    ended = on_nodes(nodes, "ddp", options, before=("", f"mount -t tmpfs none {folder}"))
-    for code, output in ended:
-        assert code == 2 and "is not one folder for all machines: zerotune1 did not see" in output, output[-3000:]
+    flags = flags_of(options_of(tiny, rows16, output_dir=folder))
+    for host in hosts.start("ddp", flags, tmp_path / "logs", first={1: f"mount -t tmpfs none {folder}"}):
+        code, output = host.wait()
+        assert code == 2 and f"is not one folder for all machines: {hosts.names[1]} did not see" in output, output[-3000:]
     assert not list(folder.iterdir())
+
+
+STANDS_BY = """
+import os, sys, time
+from pathlib import Path
+Path(sys.argv[1]).touch()
+time.sleep(600)
+"""
+
+
+def stopped_where(started, folder, in_a_save):
+    """Stop the ranks of all hosts within a save, or outside of one, so that a fault falls there; return their numbers."""
+
+    def saving():
+        return bool(list(folder.glob("checkpoint-*.tmp")))
+
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        assert not any(host.ended() for host in started), [host.output[-3000:] for host in started]
+        ranks = [host.rank() for host in started]
+        while list_checkpoints(folder) and all(ranks) and not started[0].ended():
+            if saving() == in_a_save:
+                for pid in reversed(ranks):
+                    os.kill(pid, signal.SIGSTOP)
+                time.sleep(0.05)  # until all of their threads have
+                if saving() == in_a_save:
+                    return ranks
+                for pid in ranks:
+                    os.kill(pid, signal.SIGCONT)
+        time.sleep(0.02)
+    raise TimeoutError(f"no moment with in_a_save={in_a_save}")
+
+
+@pytest.mark.launch
+def test_cables_that_are_pulled_and_a_node_that_is_killed(hosts, train, tiny, rows16, tmp_path):
+    """A cable pulled in a step, one in a save, a node killed: each time the others end with the reason, and the run goes on.
+
+    A cable that is back soon ends nothing. Beside the ranks each host has another process of the same rank, command line and host
+    name, as another run's would be: it is what a watchdog that went by these would end.
+    """
+    options = options_of(tiny, rows16, max_steps=60)
+    one = train("ddp", name="one", **options)
+    folder, logs = tmp_path / "two", tmp_path / "logs"
+    (tmp_path / "train.py").write_text(STANDS_BY)
+    flags = flags_of(options | {"output_dir": folder, "hang_timeout_seconds": 6})
+
+    def start():
+        begin = time.time()
+        by = f"RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 {sys.executable} {tmp_path}/train.py $LOG.by {shlex.join(flags)} &"
+        started = hosts.start("ddp", flags, logs, first={0: by, 1: by.replace("RANK=0 W", "RANK=1 W")})
+        while not (folder / "run.json").exists() or (folder / "run.json").stat().st_mtime < begin:
+            assert not any(host.ended() for host in started), [host.output[-3000:] for host in started]
+            time.sleep(0.02)
+        return started
+
+    def ended(started, alive):
+        """Wait for the end of the ranks, and of all that was started beside what stands by; return the outputs."""
+        found = [host.wait(besides=1 if number in alive else 0) for number, host in enumerate(started)]
+        assert [code for code, _ in found] == [1 if number in alive else -9 for number in (0, 1)], found
+        assert all(manifest.verify(path)[1] == [] for _, path in list_checkpoints(folder))  # a save is whole, or none
+        assert list_checkpoints(folder) and not list(folder.glob("*.damaged"))
+        return [output for _, output in found]
+
+    for in_a_save in (False, True):
+        started = start()
+        if not in_a_save:
+            hosts.pull(1)
+            time.sleep(1)
+            hosts.plug(1)  # soon enough: nobody ends
+        ranks = stopped_where(started, folder, in_a_save)
+        hosts.pull(1)
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
+        for number, output in enumerate(ended(started, (0, 1))):
+            reasons = [line for line in output.splitlines() if f"no answer from {hosts.address(1 - number)} for " in line]
+            assert reasons and all(line.startswith(f"rank {number}: ") for line in reasons), output[-3000:]
+        hosts.plug(1)
+
+    started = start()
+    ranks = stopped_where(started, folder, False)
+    started[0].kill()
+    os.kill(ranks[1], signal.SIGCONT)
+    output = ended(started, (1,))[1]
+    words = f"rank 1 ({hosts.names[1]}): the connection to another rank has ended (Connection "
+    assert words in output and f" by peer, {hosts.address(0)})" in output and "[rank1]: Traceback" not in output, output[-3000:]
+
+    last = [host.wait(besides=1) for host in start()]
+    assert [code for code, _ in last] == [0, 0], last
+    run = json.loads((folder / "run.json").read_text())
+    check_engine(run["engine"], "ddp", 2)
+    assert len(run["legs"]) == 4 and run["resumed_from"]
+    same_losses(folder, one.folder, 60)
+    assert compare(one.folder, folder) == ""

@@ -40,37 +40,53 @@ def test_bf16_gradients_are_summed_in_float32(train, tiny, tmp_path, strategy):
 WATCHED = """
 import os, sys, time
 sys.path.insert(0, {root!r})
+from types import SimpleNamespace
 import torch.distributed as dist
 from accelerate import PartialState
 from zerotune.engine.stopping import Watchdog
 state = PartialState(cpu=True, backend="gloo")
-watchdog = Watchdog(1.0 if state.process_index == 0 else 600.0, state.process_index)
+watchdog = Watchdog(1.0 if state.process_index == 0 and sys.argv[1] == "stalls" else 600.0, state.process_index)
+watchdog.beat()
 print("neighbours", state.process_index, len(watchdog.neighbours), flush=True)
+if sys.stdin.readline():
+    from zerotune.run import autopsy
+    autopsy.end(SimpleNamespace(accelerator=state), MemoryError("no memory"))
 time.sleep(300)
 """
 
 
 @pytest.mark.launch
-def test_a_watchdog_ends_its_own_node_alone(tmp_path):
-    """Four ranks as two nodes of two, on one machine and so with one host name: rank 0 stalls, and ends rank 1, not 2 and 3."""
+def test_who_ends_a_node_ends_its_own_alone(tmp_path):
+    """Four ranks as two nodes of two, on one machine and so with one host name, beside another run of the same ranks.
+
+    Rank 0 stalls and its watchdog ends rank 1; then rank 2 runs out of memory and ends rank 3. Nobody else is ended by either.
+    """
     (tmp_path / "watched.py").write_text(WATCHED.format(root=str(ROOT)))
-    ranks = []
-    for rank in range(4):
-        place = {"RANK": rank, "LOCAL_RANK": rank % 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 20000 + os.getpid() % 20000, "OMP_NUM_THREADS": 1}
+
+    def start(rank, what, port):
+        place = {"RANK": rank, "LOCAL_RANK": rank % 2, "WORLD_SIZE": 4 if what == "stalls" else 2, "LOCAL_WORLD_SIZE": 2}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         environment = os.environ | {name: str(value) for name, value in place.items()}
-        pipe = subprocess.PIPE
-        ranks.append(
-            subprocess.Popen([sys.executable, tmp_path / "watched.py"], env=environment, stdout=pipe, stderr=pipe, text=True)
-        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        return subprocess.Popen([sys.executable, tmp_path / "watched.py", what], env=environment, text=True, **pipes)
+
+    port = 20000 + os.getpid() % 20000
+    another = [start(rank, "runs beside", port + 1) for rank in range(2)]
+    assert [rank.stdout.readline() for rank in another] == ["neighbours 0 1\n", "neighbours 1 1\n"]
+    ranks = [start(rank, "stalls", port) for rank in range(4)]
     assert (ranks[0].wait(timeout=120), ranks[1].wait(timeout=120)) == (1, -9)
-    assert ranks[2].poll() is None and ranks[3].poll() is None
-    for rank in ranks[2:]:
-        rank.terminate()
-    outputs = [rank.communicate(timeout=60) for rank in ranks]
+    assert all(rank.poll() is None for rank in [*ranks[2:], *another])
+    ranks[2].stdin.write("end\n")
+    ranks[2].stdin.flush()
+    assert (ranks[2].wait(timeout=120), ranks[3].wait(timeout=120)) == (2, -9)
+    assert all(rank.poll() is None for rank in another)
+    for rank in another:
+        rank.kill()
+        rank.communicate()
+    outputs = [rank.communicate() for rank in ranks]
     assert all(f"neighbours {number} 1" in out for number, (out, _) in enumerate(outputs)), outputs
     stacks = [error.count("most recent call first") > 0 for _, error in outputs]
-    assert stacks == [True, True, False, False], outputs
+    assert stacks == [True, True, False, False] and "out of memory: rank 2" in outputs[2][1], outputs
 
 
 @pytest.mark.parametrize("moment", ["before", "between", "after"])

@@ -27,7 +27,7 @@ OTHER_FLAGS = set(
     "config_file num_processes num_machines machine_rank main_process_ip main_process_port deepspeed_multinode_launcher help "
     "config disable-pip-version-check no-cache-dir quiet matrix out peer strategies repeats num_processes no-index no-deps "
     "find-links basetemp collect-only quick num_gpus gpus_per_node gpu gpu_memory_gib host_memory_gib nvme_gib strategy json plot "
-    "size_mib "
+    "size_mib rdzv_conf "
     "job-name output nodes gpus-per-node cpus-per-task mem time partition account signal ntasks-per-node requeue open-mode array "
     "gres label kill-on-bad-exit wait signals-to-handle pty nv".split()  # these of Slurm, torchrun and Apptainer
 )
@@ -182,6 +182,33 @@ def saver_lines(results):
         shown = f"`{' '.join(words)}`" if words else "none"
         lines.append(f"| {shown} | {speed} | {sizes} | {row['peak_host_memory_gib']:.2f} | {row['checkpoint_bytes'] / 1e6:,.1f} |")
     return lines
+
+
+def fault_lines(campaigns):
+    """Return the lines of docs/clusters.md for docs/cluster_campaign.json."""
+    lines = []
+    for campaign in campaigns:
+        faults = campaign["faults"]
+        counts = [sum(fault["kind"] == kind for fault in faults) for kind in ("preempted", "killed", "cable pulled")]
+        early = sum(fault["before_the_first_step"] for fault in faults)
+        worst = {
+            when: max(
+                (fault["seconds_until_all_had_ended"] for fault in faults if fault["before_the_first_step"] == when), default=0
+            )
+            for when in (False, True)
+        }
+        steps = ", ".join(map(str, campaign["resumed_from_steps"]))
+        row = [f"{campaign['strategy']} on {campaign['hosts']}", len(faults), *counts, early, steps]
+        lines.append(f"| {' | '.join(map(str, row))} | {worst[False]:.0f} | {worst[True]:.0f} |")
+    return lines
+
+
+def test_the_table_of_faults_is_the_committed_result():
+    campaigns = json.loads((ROOT / "docs/cluster_campaign.json").read_text())["campaigns"]
+    assert all(campaign["passed"] and not campaign["wrong"] for campaign in campaigns)
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    assert "\n".join(fault_lines(campaigns)) + "\n" in page
+    assert f"{sum(len(campaign['faults']) for campaign in campaigns)} faults" in page
 
 
 def test_the_tables_of_savers_are_the_committed_results():

@@ -12,6 +12,7 @@ from pathlib import Path
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # What gloo and NCCL say on a rank whose partner has gone.
 LOST = re.compile("Connection (closed|reset) by peer|remote process exited|NCCL communicator was aborted")
+ADDRESS = re.compile(r"\[((?:\d+\.){3}\d+)\]")  # gloo tells it
 STARTED_AGAIN = "ZEROTUNE_STARTED_AGAIN"  # how often this process has taken another's place
 EXIT_CODE_FILE = "ZEROTUNE_EXIT_CODE_FILE"  # scripts/launch.sh reads the code there: the launcher itself always ends with 1
 
@@ -93,6 +94,7 @@ def exit_if_another_failed(error):
     """End with a line in place of a traceback if this rank failed because another one has gone; that one has said why."""
     if found := LOST.search(str(error)):
         where = f"rank {os.environ.get('RANK', '0')} ({socket.gethostname()})"
-        words = f"{where}: the connection to another rank has ended ({found[0]}); what ended that one is said by itself"
+        reason = ", ".join([found[0], *ADDRESS.findall(str(error))[:1]])
+        words = f"{where}: the connection to another rank has ended ({reason}); what ended that one is said by itself"
         print(f"train.py: error: {words}", file=sys.stderr, flush=True)
         os._exit(1)  # leaves no code: it would take the place of the other's

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import os
 import socket
+import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
+from zerotune.engine.connections import own_addresses
 from zerotune.engine.deepspeed_config import section
 from zerotune.engine.ending import STARTED_AGAIN
 from zerotune.engine.tensor_parallel import place
@@ -20,6 +23,8 @@ AGENT_PORT = "ZEROTUNE_AGENT_PORT"  # of the launcher's store
 # One process tokenises while the others wait; the libraries' 10 and 30 minutes would end a run on a large file. What ends a rank
 # that stalls in training is the watchdog (stopping.py).
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
+# Seconds for the ranks of several machines, which begin together, to meet: imports, and DeepSpeed's first build of its operators.
+MEETING = 600.0
 
 
 def meet_again():
@@ -40,6 +45,24 @@ def meet_again():
             free.bind(("", 0))
             agent.set(key, str(free.getsockname()[1]))
     os.environ |= {"MASTER_PORT": agent.get(key).decode(), own_store: "False"}
+
+
+def meeting():
+    """Return a timer, to be cancelled when the ranks have met; after MEETING seconds it ends this process.
+
+    Of several machines alone, which have met by then (scripts/launch.sh).
+    """
+
+    def give_up():
+        rank = os.environ.get("RANK", "0")
+        print(f"rank {rank}: the ranks of all machines have not met within {MEETING:g} s; ending", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(MEETING, give_up)
+    timer.daemon = True
+    if int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        timer.start()
+    return timer
 
 
 def check_processes(accelerator, output_dir):
@@ -84,14 +107,29 @@ def check_alike(what, value):
 
 
 @functools.cache
-def neighbours():
-    """Return the process numbers of the other ranks that this rank's launcher started; a collective at the first call.
+def everyone():
+    """Return (first rank of its machine, process number, addresses) of each rank; a collective at the first call.
 
     By the launcher's numbers, not by host name, which containers on two machines may share: the ranks of a node follow each other,
-    so that its first one names it. One launcher started them, so they see each other's process numbers.
+    so that its first one names it.
     """
-    node = int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
-    return [pid for other, pid in gather_object([(node, os.getpid())]) if other == node and pid != os.getpid()]
+    return gather_object([(first_here(), os.getpid(), own_addresses())])
+
+
+def first_here():
+    """Return the number of the first rank of this machine."""
+    return int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def neighbours():
+    """Return the process numbers of the other ranks of this machine; one launcher started them, so they see each other's."""
+    return [pid for node, pid, _ in everyone() if node == first_here() and pid != os.getpid()]
+
+
+def other_addresses():
+    """Return the addresses of the run's other machines."""
+    here = {address for node, _, addresses in everyone() if node == first_here() for address in addresses}
+    return {address for _, _, addresses in everyone() for address in addresses} - here
 
 
 def signal_to(pid, number):

@@ -2,7 +2,7 @@
 
 A signal sets a flag on the rank that got it and nothing more; the ranks agree on it at the next step or evaluation batch, save, and
 exit with 128 + its number. A second SIGINT ends the rank at once. A rank without a heartbeat for too long has every rank of its
-machine dump its stacks and ends the job.
+machine dump its stacks and ends the job; another machine that does not answer for as long ends it from the rank's start to its end.
 """
 
 import faulthandler
@@ -16,8 +16,9 @@ import time
 import torch
 import torch.distributed as dist
 
+from zerotune.engine.connections import Connections
 from zerotune.engine.ending import SIGNALS, finish
-from zerotune.engine.processes import COLLECTIVE_TIMEOUT, neighbours, signal_to
+from zerotune.engine.processes import COLLECTIVE_TIMEOUT, first_here, neighbours, other_addresses, signal_to
 
 
 class Interrupted(Exception):
@@ -70,11 +71,16 @@ class Stopper:
 
 
 class Watchdog:
-    """A thread that ends the job when `beat` has not been called for `timeout` seconds on this rank."""
+    """A thread that ends this machine's ranks when there is no more hope for them.
+
+    From the first `beat` to `stop`: when it has not been called for `timeout` seconds on this rank. All the time, on the first rank
+    of a machine: when another machine has not answered for as long.
+    """
 
     def __init__(self, timeout, rank):
-        self.timeout, self.rank, self.last = timeout, rank, time.monotonic()
+        self.timeout, self.rank, self.last = timeout, rank, float("inf")
         self.neighbours = neighbours()
+        self.connections = Connections(other_addresses(), timeout)
         faulthandler.enable()  # NCCL aborts a rank that it gives up
         # Another rank's watchdog asks for this one's stacks by SIGUSR2; faulthandler answers even from inside a library's C code.
         faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
@@ -87,18 +93,29 @@ class Watchdog:
         self.last = float("inf")
 
     def _watch(self):
+        tick, asked = min(1.0, self.timeout / 10), 0.0
         while time.monotonic() - self.last < self.timeout:
-            time.sleep(min(1.0, self.timeout / 10))
+            time.sleep(tick)
+            if self.rank == first_here() and time.monotonic() - asked >= min(10.0, 2 * tick):
+                asked = time.monotonic()
+                if lost := self.connections.lost():
+                    print(f"rank {self.rank}: {lost}; ending this machine's ranks", file=sys.stderr, flush=True)
+                    self._kill()
         self._end()
 
     def _end(self):
         """Dump this rank's stacks, have the neighbours dump theirs, then end them all."""
-        print(f"rank {self.rank}: no progress for {self.timeout:g} s, ending the job; stacks follow", file=sys.stderr, flush=True)
+        lost = self.connections.lost(0.5)
+        reason = f"no progress for {self.timeout:g} s{lost and ', '}{lost}"
+        print(f"rank {self.rank}: {reason}, ending the job; stacks follow", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         for number in (signal.SIGCONT, signal.SIGUSR2):  # a stopped process answers only once it goes on
             for pid in self.neighbours:
                 signal_to(pid, number)
         time.sleep(5)
+        self._kill()
+
+    def _kill(self):
         for pid in self.neighbours:
             signal_to(pid, signal.SIGKILL)
         os._exit(1)

@@ -4,7 +4,6 @@ import time
 
 import torch
 
-from zerotune.engine.stopping import Watchdog
 from zerotune.engine.tensor_parallel import copies
 from zerotune.model import compiling
 from zerotune.model.loss import by_source
@@ -16,7 +15,7 @@ from zerotune.run.report.page import write_report
 class Monitor:
     """Goes along with the loop; everything here could be left out without another number in the model."""
 
-    def __init__(self, accelerator, model, optimizer, args, schedule, console, counts, step, data):
+    def __init__(self, accelerator, model, optimizer, args, schedule, console, counts, step, data, watchdog):
         """counts: {name: count} that go into every training record of an fp16 run; step: where the run starts."""
         self.console, self.schedule, self.logging_steps, self.output_dir = console, schedule, args.logging_steps, args.output_dir
         self.counts = counts if args.mixed_precision == "fp16" else {}
@@ -30,8 +29,9 @@ class Monitor:
         self.next_page = 0  # when to draw report.html again at the earliest, by time.perf_counter
         last = schedule.max_steps
         self.profile = Profile(accelerator, model, optimizer, last - args.profile_steps + 1, last)
-        self.watchdog = Watchdog(args.hang_timeout_seconds, accelerator.process_index)
+        self.watchdog = watchdog
         self.write, self.paused, self.beat = self.metrics.write, self.window.paused, self.watchdog.beat
+        self.beat()
 
     def steps(self, loader, start):
         """Yield (the step's number, its micro-batches), the first being start + 1."""

@@ -243,6 +243,9 @@ def ask(address, port, mine, patience):
             with socket.create_connection((address, port), timeout=10) as connection:
                 connection.sendall(json.dumps(mine | {"now": time.time()}).encode() + b"\n")
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):  # six times: a minute, or the kernel's two hours
+                    connection.setsockopt(socket.IPPROTO_TCP, option, 10)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
                 connection.settimeout(None)  # machine 0 has the patience from here on
                 for line in connection.makefile():
                     answer = json.loads(line)
