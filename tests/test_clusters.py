@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from cluster_campaign import compare
@@ -265,25 +266,35 @@ time.sleep(600)
 
 
 def stopped_where(started, folder, in_a_save):
-    """Stop the ranks of all hosts within a save, or outside of one, so that a fault falls there; return their numbers."""
+    """Stop the ranks of all hosts within a save, or outside of one, so that a fault falls there; return their numbers.
 
-    def saving():
-        return bool(list(folder.glob("checkpoint-*.tmp")))
+    The ranks go on by a few milliseconds at a time, as a save of so small a model takes not many more.
+    """
+
+    def found():
+        return bool(list(folder.glob("checkpoint-*.tmp"))) == in_a_save
+
+    def is_stopped(pid):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] in "TZX"
 
     end = time.monotonic() + 120
     while time.monotonic() < end:
-        assert not any(host.ended() for host in started), [host.output[-3000:] for host in started]
+        assert not any(host.ended() for host in started) and not (folder / "final").exists(), [h.output[-3000:] for h in started]
         ranks = [host.rank() for host in started]
-        while list_checkpoints(folder) and all(ranks) and not started[0].ended():
-            if saving() == in_a_save:
-                for pid in reversed(ranks):
-                    os.kill(pid, signal.SIGSTOP)
-                time.sleep(0.05)  # until all of their threads have
-                if saving() == in_a_save:
-                    return ranks
-                for pid in ranks:
-                    os.kill(pid, signal.SIGCONT)
-        time.sleep(0.02)
+        if not (list_checkpoints(folder) and all(ranks)):
+            time.sleep(0.02)
+            continue
+        for pid in reversed(ranks):
+            os.kill(pid, signal.SIGSTOP)
+        while not all(map(is_stopped, ranks)):
+            time.sleep(0.001)
+        if found():
+            time.sleep(0.05)  # until all of their threads are stopped as well
+            if found():
+                return ranks
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(0.003)
     raise TimeoutError(f"no moment with in_a_save={in_a_save}")
 
 

@@ -226,7 +226,11 @@ def remove_old(newest, save_total_limit, keep_every):
     kept |= {best_of(folder, dict(found)) for folder in kept}
     for step, old in found:
         if old not in kept and not (keep_every and step % keep_every == 0):
-            shutil.rmtree(old, ignore_errors=True)
+            # By another name first: a kill within the removal leaves no half of a checkpoint, and the next save clears it away.
+            gone = old.with_name(f"{old.name}.tmp")
+            with contextlib.suppress(OSError):
+                os.rename(old, gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
 
 def best_of(folder, found):
