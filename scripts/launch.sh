@@ -6,7 +6,8 @@
 #   STRATEGY=zero2         a file of accelerate_configs/ without .yaml
 #   NUM_PROCESSES          GPUs here, or 2 processes on the CPU; with several machines: over all of them
 #   NUM_MACHINES=1         with MACHINE_RANK, MAIN_PROCESS_IP and MAIN_PROCESS_PORT=29500 for more, the same line on each; machine
-#                          0 waits MACHINES_TIMEOUT=300 seconds for the others (docs/clusters.md); taken from srun's, mpirun's or a PyTorchJob's variables
+#                          0 waits MACHINES_TIMEOUT=300 seconds for the others (docs/clusters.md). Under srun, mpirun or a PyTorchJob
+#                          these are taken from its variables
 #   HOSTFILE               a file of host names: starts itself on each over ssh (scripts/hosts.sh)
 #   OMP_NUM_THREADS        cores divided by the processes of this machine
 set -euo pipefail

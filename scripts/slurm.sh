@@ -16,6 +16,10 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue --open-mode=append
 set -uo pipefail
+if [[ -z ${SLURM_SUBMIT_DIR:-} ]]; then
+    echo "slurm.sh: is for Slurm: sbatch $0 ...; without it, bash scripts/launch.sh ..." >&2
+    exit 2
+fi
 cd "$SLURM_SUBMIT_DIR" || exit 2 # Slurm runs a copy of this file, in a folder of its own
 
 # EDIT: what Python needs on the nodes. .venv of the repository is found by itself; for another one: export PYTHON=/path/bin/python

@@ -23,10 +23,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from step_clock import begun  # noqa: E402
+
 import train  # noqa: E402
 from zerotune.errors import UserError  # noqa: E402
 from zerotune.model.loading import AUTO_CLASSES  # noqa: E402
-from zerotune.run.arguments import parse_arguments  # noqa: E402
 from zerotune.run.records import environment_facts, write_json  # noqa: E402
 from zerotune.tools.benchmark.cells import flag_words  # noqa: E402
 from zerotune.tools.hardware import known_peak  # noqa: E402
@@ -47,16 +48,10 @@ def run_set(words):
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    args = parse_arguments(words)
-    run = train.setup(args)
-    train.load_rows(run)
-    train.cut_steps(run)
-    train.load_model(run)
-    start = train.resume(run)
-    train.accompany(run, start)
+    run, start = begun(words)
     train.train(run, start)
     run.monitor.watchdog.stop()
-    folder = Path(args.output_dir)
+    folder = Path(run.args.output_dir)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     engine = json.loads((folder / "run.json").read_text())["engine"]
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -135,6 +130,10 @@ def main():
     parser.add_argument("--made", type=Path)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
+    if not args.matrix.is_file():
+        parser.error(f"--matrix {args.matrix}: no such file; benchmarks/gpu_ladder.yaml is one")
+    if not (args.out or args.make):
+        parser.error("give --out DIR, for the results, or --make FOLDER")
     matrix = yaml.safe_load(args.matrix.read_text())
     if args.make:
         make(matrix, args.make)

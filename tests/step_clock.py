@@ -100,14 +100,20 @@ def bare_loop(args, config, tokenizer):
     return step
 
 
-def main(out, words):
-    args = parse_arguments(words)
-    run = train.setup(args)
+def begun(words):
+    """Return (train.py's run of a command line just before its loop, the number of steps that are done)."""
+    run = train.setup(parse_arguments(words))
     train.load_rows(run)
     train.cut_steps(run)
     train.load_model(run)
     start = train.resume(run)
     train.accompany(run, start)
+    return run, start
+
+
+def main(out, words):
+    run, start = begun(words)
+    args = run.args
     alone = run.accelerator.num_processes == 1
     bare = bare_loop(args, run.config, run.tokenizer) if alone else None
     clock, steps, losses, inner = Clock(), [], [], run.monitor.steps

@@ -1,7 +1,9 @@
 """The best model, early stopping, what is kept, loss spikes: on two ranks, in one go and interrupted at each border."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -100,6 +102,30 @@ def test_what_is_removed(tmp_path):
     assert [step for step, _ in list_checkpoints(tmp_path)] == [5, 8, 11, 12]
     remove_old(tmp_path / "checkpoint-12", 1, 0)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [8, 12]
+
+
+def test_a_kill_within_a_removal_leaves_no_half_checkpoint(tmp_path):
+    """The process ends itself when the first file of the oldest checkpoint is gone."""
+    for step in (2, 4, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "state.safetensors").write_text("x")
+        manifest.write(folder, {"step": step, "files": {}})
+    pid = os.fork()
+    if pid == 0:
+        remove = os.unlink
+
+        def remove_and_end(*arguments, **options):
+            remove(*arguments, **options)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        os.unlink = remove_and_end
+        remove_old(tmp_path / "checkpoint-6", 2, 0)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert [path.name for _, path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+    (half,) = tmp_path.glob("checkpoint-*.tmp")  # which the next save clears away
+    assert half.name == "checkpoint-2.tmp" and len(list(half.iterdir())) == 1
 
 
 def test_a_best_checkpoint_that_is_not_whole_gives_way_to_the_one_before(tmp_path):

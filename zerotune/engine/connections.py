@@ -15,11 +15,11 @@ PROBES = 15  # seconds at most between the kernel's questions on a connection th
 
 def own_addresses():
     """Return the addresses from which this process is connected, but for the loopback's; the other machines see the same ones."""
-    return sorted({local for _, local, _, sock in connected() if sock and not local.startswith("127.")})
+    return sorted({local for _, local, _, _ in connected() if not local.startswith("127.")})
 
 
 def connected():
-    """Yield (file descriptor, own address, other address, socket) of this process's connections by IPv4 TCP."""
+    """Yield (file descriptor, own address, other (address, port), socket) of this process's connections by IPv4 TCP."""
     for name in os.listdir("/proc/self/fd"):
         # Another thread may close it at any time, or may have: then nothing is yielded, and nothing is lost.
         with contextlib.suppress(OSError):
@@ -27,7 +27,7 @@ def connected():
                 with socket.socket(fileno=os.dup(int(name))) as sock:
                     own, other = sock.getsockname(), sock.getpeername()
                     if sock.family in (socket.AF_INET, socket.AF_INET6):
-                        yield int(name), own[0].removeprefix("::ffff:"), other[0].removeprefix("::ffff:"), sock
+                        yield int(name), own[0].removeprefix("::ffff:"), (other[0].removeprefix("::ffff:"), other[1]), sock
 
 
 class Connections:
@@ -40,10 +40,10 @@ class Connections:
     def silence(self):
         """Return {address: seconds for which it has not answered what the kernel sent or asked}, without those that answer."""
         now, found, since = time.monotonic(), {}, {}
-        for number, _, other, sock in connected():
-            if other not in self.others:
+        for number, _, (address, port), sock in connected() if self.others else ():
+            if address not in self.others:
                 continue
-            key = number, sock.getpeername()
+            key = number, address, port
             since[key] = self.since.get(key, now)
             if key not in self.since:
                 every = max(1, min(PROBES, int(self.timeout / 4)))
@@ -55,7 +55,7 @@ class Connections:
             facts = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
             answered = struct.unpack_from("I", facts, 56)[0] / 1000
             if facts[2] or facts[3]:
-                found[other] = max(found.get(other, 0.0), min(answered, now - since[key]))
+                found[address] = max(found.get(address, 0.0), min(answered, now - since[key]))
         self.since = since
         return found
 

@@ -33,10 +33,7 @@ from zerotune.plan.parameters import (
 from zerotune.plan.zero import flattened, sharded, whole_gradients
 
 SWAPPABLE = 2**20  # bytes of the smallest tensor that goes to NVMe (swap_tensor/utils.py:16)
-NOT_MODELLED = (
-    "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients zenflow "
-    "stage3_use_all_reduce_for_fetch_params"
-).split()
+NOT_MODELLED = "zero_quantized_weights zero_quantized_gradients stage3_use_all_reduce_for_fetch_params".split()
 
 
 def states(
@@ -100,7 +97,6 @@ def settings(config, num_processes, mixed_precision, accumulation, cuda):
     on = [key for key in NOT_MODELLED if zero.get(key)]
     on += ["tensor_parallel"] * bool(section(config, "tensor_parallel"))
     on += ["torch_autocast"] * bool(section(config, "torch_autocast").get("enabled"))
-    on += ["offload_optimizer.super_offload"] * bool(section(zero, "offload_optimizer").get("super_offload"))
     if on:
         raise UserError(f"the memory of these DeepSpeed settings is not modelled: {', '.join(on)}; remove them, or measure a run")
     stage, bytes_of = zero["stage"], {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -236,7 +236,10 @@ def main(words):
         raise UserError(f"{COUNTS}: not there; python tests/ranks.py --out docs/scale.json makes it")
     text = page(json.loads(COUNTS.read_text()))
     if args.out:
-        args.out.write_text(text)
+        try:
+            args.out.write_text(text)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: {error.strerror}; give a file in a folder that is there") from None
     else:
         print(text, end="")
     return 0
