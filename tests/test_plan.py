@@ -134,7 +134,7 @@ def llama_70b(tmp_path_factory):
 
 def test_a_ring_leaves_a_node_over_all_of_its_adapters():
     """Else 77 GB a step of a 13 B model on 64 H100s could not be sent in the 0.85 s that it takes (docs/scale.md, LLM Foundry)."""
-    links = [planned_machine(num_gpus=gpus, gpus_per_node=node, gpu="A100").link for gpus, node in ((8, 8), (16, 8), (2, 1))]
+    links = [planned_machine(gpus, node, "A100", None, None, None).link for gpus, node in ((8, 8), (16, 8), (2, 1))]
     assert links == [300e9, 8 * 25e9, 25e9]
 
 
