@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from zerotune.engine import processes, stopping
 from zerotune.engine.deepspeed_config import has_cuda
 from zerotune.engine.determinism import seed_pass, set_deterministic, set_tf32
-from zerotune.engine.ending import exit_if_another_failed, exit_with, finish, ignore_signals
+from zerotune.engine.ending import exit_for, finish, ignore_signals
 from zerotune.engine.frozen import frozen_checksum
 from zerotune.engine.optimizer import build_optimizer
 from zerotune.engine.processes import unwrap
@@ -44,7 +44,6 @@ from zerotune.engine.reduction import Reduction
 from zerotune.engine.schedule import Schedule
 from zerotune.engine.strategy import launched_strategy
 from zerotune.engine.tensor_parallel import place
-from zerotune.errors import UserError
 from zerotune.model import adapters, loading
 from zerotune.model.activations import enable_gradient_checkpointing, every_nth, offload_activations
 from zerotune.model.attention import lines_of_packed
@@ -249,6 +248,7 @@ def resume(run):
     run.cache.open(run, forward_loss)
     engine = processes.engine_facts(accelerator, run.strategy, model, run.optimizer)
     engine |= {"parameters_partitioned_at_load": run.num_partitioned, "gradients_reduced": run.reduction.words}
+    engine["attention"] = unwrap(model).config._attn_implementation
     if accelerator.is_main_process:
         records.write_run(args.output_dir, records.facts_of(run, engine) | facts)
     if args.report_to != "none":
@@ -400,8 +400,6 @@ def end(run, step):
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except UserError as error:
-        exit_with(error)
-    except RuntimeError as error:
-        exit_if_another_failed(error)
+    except Exception as error:
+        exit_for(error)
         raise

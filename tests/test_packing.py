@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import SPECIALS, WORDS, tiny_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from zerotune.errors import UserError
 from zerotune.model.attention import choose_attention, lines_of_packed
@@ -15,8 +17,9 @@ from zerotune.model.packing import DECODERS, ENCODER_DECODERS, check_exact, pack
 from zerotune.plan.empty import empty_model
 from zerotune.rows import IGNORE
 from zerotune.rows.batches import Stream, deal_by_tokens, rows_of_step
-from zerotune.rows.collation import Collator, count_tokens
+from zerotune.rows.collation import Collator, count_tokens, shape_terms
 from zerotune.rows.packing import lines_of
+from zerotune.tools.flops import coefficients
 
 SIZE = len(WORDS) + len(SPECIALS)
 
@@ -55,8 +58,9 @@ def config_of(family):
     }.get(family, {})  # fmt: skip
     if family in ("gemma", "gemma2", "qwen3"):
         more |= {"head_dim": 8}
+    shared = {} if family == "phi" else {"num_key_value_heads": 2}  # queries that share keys and values
     config = getattr(t, f"{name}Config")(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **shared,
         max_position_embeddings=128, attention_dropout=0.0, bos_token_id=3, **common, **more,
     )  # fmt: skip
     return getattr(t, f"{name}ForCausalLM"), config
@@ -79,12 +83,19 @@ def gradients(model, batch):
     return losses.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", sorted(DECODERS | ENCODER_DECODERS))
-def test_packed_is_padded(family):
+def kernels_of(family):
+    """Return the attentions that a family packs under: dense masks, and row by row where it has SDPA."""
+    return ["eager"] if family == "gemma2" else ["sdpa", "sdpa_by_row"]
+
+
+@pytest.mark.parametrize("family, kernel", [(f, k) for f in sorted(DECODERS | ENCODER_DECODERS) for k in kernels_of(f)])
+def test_packed_is_padded(family, kernel):
     """Losses within 1e-6 and gradients within 1e-5, in float32; where rows see each other nothing is alike."""
     torch.manual_seed(1)
     model_class, config = config_of(family)
+    choose_attention(config, kernel, model_class)
     model = model_class(config).train()
+    assert model.config._attn_implementation == kernel
     assert model.config.model_type == family
     if family in DECODERS:  # as they are drawn, what another row says would hardly be heard
         with torch.no_grad():
@@ -92,9 +103,11 @@ def test_packed_is_padded(family):
                 parameter.mul_(4 if parameter.ndim == 2 else 1)
     pack_forward(model)
     seq2seq = family in ENCODER_DECODERS
-    collator = Collator("seq2seq" if seq2seq else "causal", 0, None, 1, decoder_inputs(model, config) if seq2seq else None, 32)
-    columns = columns_of(collator.task, [40, 3, 17, 29, 5, 11, 2, 23])
-    padded, packed = collator(columns), collator.packed(columns)
+    # Of a multiple of 16 tokens, so that there is padding at the end of a single line too, as on a GPU.
+    inputs, lines = decoder_inputs(model, config) if seq2seq else None, lines_of_packed(config)
+    collator = Collator("seq2seq" if seq2seq else "causal", 0, None, 16 if lines else 1, inputs, 32, lines)
+    columns = columns_of(collator.task, [34, 3, 17, 29, 5, 11, 2, 23])
+    padded, packed = collator(columns), collator.training(columns)
     assert packed["input_ids"].shape[0] < 8 and count_tokens(packed)[0] == count_tokens(padded)[0]
     assert count_tokens(packed)[1] < 0.75 * count_tokens(padded)[1]
     (losses, expected), (packed_losses, found) = gradients(model, padded), gradients(model, packed)
@@ -108,11 +121,44 @@ def test_packed_is_padded(family):
     if seq2seq:
         blind["target_rows"] = torch.ones_like(packed["target_rows"])
     seen = gradients(model, blind)[0]
-    assert abs(seen.sum().item() / loss - 1) > 1e-4, "the rows have to matter for this to show anything"
+    apart = (seen - packed_losses).norm() / packed_losses.norm()
+    assert apart > 1e-3, "the rows have to matter for this to show anything"
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "llama"])
+def test_row_by_row_costs_what_the_rows_cost(family):
+    """No token of padding, and to a thousandth the products of the rows one by one, as torch and the records count them."""
+    model_class, config = tiny_config(family, 0.0)
+    choose_attention(config, None, model_class, by_row=True)
+    model = model_class(config).train()
+    assert model.config._attn_implementation == "sdpa_by_row"
+    pack_forward(model)
+    task = "causal" if family == "llama" else "seq2seq"
+    inputs = decoder_inputs(model, config) if task == "seq2seq" else None
+    columns, counted = columns_of(task, [40, 3, 17, 29, 5, 11]), {}
+    one_by_one = [{name: rows[place : place + 1] for name, rows in columns.items()} for place in range(6)]
+    for kernel in ("sdpa_by_row", "sdpa"):
+        collator = Collator(task, 0, None, 1, inputs, 32, lines_of_packed(config) if kernel == "sdpa_by_row" else 1)
+        model.set_attn_implementation(kernel)
+        if kernel == "sdpa":  # dense masks over the same line
+            pack_forward(model := model_class(config))
+        for parts in ([columns], one_by_one):
+            # The kernel that is written in matrix products: torch's counter does not know the CPU's fused one.
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                batches = [collator.training(part) for part in parts]
+                for batch in batches:
+                    gradients(model, batch)
+            counted[kernel, len(parts)] = counter.get_total_flops()
+            real, laid = (sum(count) for count in zip(*map(count_tokens, batches), strict=True))
+            assert real == laid
+        terms = np.array(shape_terms(collator.training(columns), apart=True))
+        assert np.dot(coefficients(config, task), terms) == pytest.approx(counted["sdpa_by_row", 1], rel=1e-3)
+    assert counted["sdpa_by_row", 1] == pytest.approx(counted["sdpa_by_row", 6], rel=1e-3)
+    assert counted["sdpa", 1] > 1.1 * counted["sdpa_by_row", 1]
 
 
 def test_wider_models_waste_less():
-    """Padding and products beyond the rows' own, of rows with the lengths of conversations: the figures of docs/rows.md."""
+    """Under dense masks: padding and products beyond the rows' own, of rows with the lengths of conversations: docs/rows.md."""
     generator, found = np.random.default_rng(0), {}
     lengths = sum(np.exp(generator.uniform(np.log(8), np.log(most), 2000)).astype(int) for most in (400, 128))
     costs, stream = np.stack([lengths, 0 * lengths], axis=1), Stream(0, [2000])
@@ -181,7 +227,7 @@ def test_every_token_once():
 
 
 def test_attention_that_skips_between_rows():
-    """FlexAttention takes the packed rows of a decoder as one line, whose losses are the padded ones."""  # no backward on a CPU
+    """They take the packed rows of a decoder as one line, whose losses are the padded ones."""  # flex: no backward on a CPU
     torch.manual_seed(1)
     model_class, config = config_of("llama")
     model = model_class(config)
@@ -190,7 +236,7 @@ def test_attention_that_skips_between_rows():
             parameter.mul_(4 if parameter.ndim == 2 else 1)
     state = model.state_dict()
     columns, losses = columns_of("causal", [17, 5, 29]), {}
-    for kind in ("sdpa", "flex_attention"):
+    for kind in ("sdpa", "sdpa_by_row", "flex_attention"):
         choose_attention(config, kind, model_class)
         model = model_class(config).eval()
         assert model.config._attn_implementation == kind
@@ -198,7 +244,7 @@ def test_attention_that_skips_between_rows():
         pack_forward(model)
         collator = Collator("causal", 0, None, 1, None, 1, lines_of_packed(config))
         batch = collator.training(columns)
-        assert len(batch["input_ids"]) == {"sdpa": 2, "flex_attention": 1}[kind], "of a width of 1 attention costs most"
+        assert len(batch["input_ids"]) == {"sdpa": 2}.get(kind, 1), "of a width of 1 attention costs most"
         padded = collator(columns)
         blind = batch | {"token_rows": torch.ones_like(batch["token_rows"])}
         for name, given in (("packed", batch), ("padded", padded), ("blind", blind)):
@@ -214,7 +260,9 @@ def test_attention_that_skips_between_rows():
 
 def test_attention_that_a_model_lacks():
     model_class, config = tiny_config("t5", 0.0)
-    with pytest.raises(UserError, match="flash_attention_2: a t5 model does not have it; it has eager, sdpa, flex_attention"):
+    with pytest.raises(
+        UserError, match="flash_attention_2: a t5 model does not have it; it has eager, sdpa, sdpa_by_row, flex_attention"
+    ):
         choose_attention(config, "flash_attention_2", model_class)
     model_class, config = tiny_config("llama", 0.0)
     choose_attention(config, "flash_attention_2", model_class)
@@ -239,6 +287,7 @@ CELLS = {
     "llama-zero2": ("llama", "zero2", {"peft": "lora", "loss_chunks": 3, "gradient_checkpointing": True}),
     "gpt2-zero3": ("gpt2", "zero3", {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}),
 }
+KERNELS = {"bart": "sdpa", "llama": "eager"}  # dense masks
 
 
 @pytest.mark.launch
@@ -253,8 +302,10 @@ def test_a_packed_run_is_a_padded_run(cell, train, tiny, rows16):
     }  # fmt: skip
     options |= more
     padded = train(None, name="padded", **options | {"gradient_accumulation_steps": 2 * options["gradient_accumulation_steps"]})
-    kernels = {"attn_implementation": "eager"} if family == "llama" else {}
+    kernel = KERNELS.get(family, "sdpa_by_row")  # that one without a word
+    kernels = {"attn_implementation": kernel} if family in KERNELS else {}
     packed = train(strategy, name="packed", packing=True, **kernels, **options)
+    assert [run.run["engine"]["attention"] for run in (padded, packed)] == ["sdpa", kernel]
     for one, other in zip(padded.records("loss"), packed.records("loss"), strict=True):
         assert abs(other["loss"] / one["loss"] - 1) < 1e-5 and abs(other["grad_norm"] / one["grad_norm"] - 1) < 1e-4
         assert [one[name] for name in ("target_tokens", "real_tokens")] == [
@@ -262,8 +313,10 @@ def test_a_packed_run_is_a_padded_run(cell, train, tiny, rows16):
         ]
     assert abs(packed.records("eval_loss")[0]["eval_loss"] / padded.records("eval_loss")[0]["eval_loss"] - 1) < 1e-5
     share = [sum(record["padding_fraction"] for record in run.records("loss")) for run in (padded, packed)]
-    assert share[1] < 0.75 * share[0], share  # of a width of 32, for which attention over a long line is dear
+    # Dense masks have several lines: of a width of 32, for which attention over a long line is dear.
+    assert share[1] < 0.75 * share[0] if family in KERNELS else share[1] == 0 < share[0], share
     assert packed.run["arguments"]["packing"] is True
+    assert "by_row" not in (packed.folder / "final" / ("config.json" if "peft" not in more else "adapter_config.json")).read_text()
 
 
 @pytest.mark.launch

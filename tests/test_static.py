@@ -121,7 +121,7 @@ def test_the_table_of_packing_is_the_committed_result():
     results = json.loads((ROOT / "benchmarks/cpu/packing/results.json").read_text())
     assert len(results["rows"]) == 8 and results["matrix"]["repeats"] == 5
     gsm8k = json.loads((ROOT / "benchmarks/cpu/packing_gsm8k/results.json").read_text())
-    assert len(gsm8k["rows"]) == 2 and gsm8k["matrix"]["repeats"] == 5
+    assert len(gsm8k["rows"]) == 6 and gsm8k["matrix"]["repeats"] == 5
     for found in (results, gsm8k):
         assert "\n".join(packing_lines(found)) in (ROOT / "docs" / "benchmarks.md").read_text()
 

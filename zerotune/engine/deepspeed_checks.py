@@ -72,8 +72,8 @@ REFUSED = {  # key, wherever it stands: why, and what to do
     # FastPersist's writers want CROSS_SIZE, which accelerate does not set (runtime/model_checkpointing/utils.py:76).
     "checkpoint": "is of DeepSpeed's own checkpoints and their writers, and train.py writes its own; remove it",
     "zenflow": (
-        "overwrites gradient_accumulation_steps by an interval (runtime/zenflow/engine.py:75) and applies most gradients later "
-        "than they are due: other losses; remove it, or use ds_configs/zero3_offload.json"
+        "overwrites gradient_accumulation_steps by an interval (runtime/zenflow/engine.py:75), applies most gradients later than "
+        "they are due, and has moments that no checkpoint holds; remove it, or use ds_configs/zero3_offload.json"
     ),
     "super_offload": (
         "steps in a process of its own, whose moments no checkpoint of train.py finds (superoffload/superoffload_utils.py:76), and "

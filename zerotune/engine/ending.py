@@ -1,19 +1,25 @@
 """How a process ends: its exit code, the lines of a mistake, and the signals that end it. Imports no library that takes time."""
 
 import contextlib
+import json
 import os
 import re
 import signal
 import socket
 import sys
 import time
+import traceback
+from datetime import UTC, datetime
 from pathlib import Path
+
+from zerotune.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # What gloo and NCCL say on a rank whose partner has gone.
 LOST = re.compile("Connection (closed|reset) by peer|remote process exited|NCCL communicator was aborted")
 ADDRESS = re.compile(r"\[((?:\d+\.){3}\d+)\]")  # gloo tells it
 STARTED_AGAIN = "ZEROTUNE_STARTED_AGAIN"  # how often this process has taken another's place
+failures = None  # the folder of a run in which ranks leave notes on their failures, once the run has one
 EXIT_CODE_FILE = "ZEROTUNE_EXIT_CODE_FILE"  # scripts/launch.sh reads the code there: the launcher itself always ends with 1
 
 
@@ -75,6 +81,30 @@ def start_again(words=(), environment=None):
     os.execv(sys.executable, [sys.executable, *sys.argv, *words])
 
 
+def exit_for(error):
+    """End this process if a line says what an exception is; otherwise leave a note and return, as its traceback says more."""
+    if isinstance(error, UserError):
+        exit_with(error)
+    exit_if_another_failed(error)
+    leave_note("".join(traceback.format_exception(error)))
+
+
+def leave_note(text):
+    """Say why this rank ends where it is found: in torchrun's report of the ranks, and in a file in the run's failures/.
+
+    The files are named by the time. With several machines, whose logs know nothing of each other, the first is what ended the run.
+    """
+    now, rank = datetime.now(UTC), os.environ.get("RANK", "0")
+    with contextlib.suppress(OSError):  # what is said on a full disk is in the log
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            facts = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(now.timestamp()))}}
+            Path(path).write_text(json.dumps({"message": facts}))
+        if failures is not None:
+            failures.mkdir(exist_ok=True)
+            stamp = now.isoformat(timespec="milliseconds").removesuffix("+00:00")
+            (failures / f"{stamp}-rank{rank}.txt").write_text(f"rank {rank}, {socket.gethostname()}\n{text}")
+
+
 def exit_with(error):
     """Print a UserError's problems, a line each, and end with its code.
 
@@ -86,15 +116,23 @@ def exit_with(error):
         restore_default_signals()
         time.sleep(5)
     where = f" (rank {rank})" if rank > 0 else ""
-    print("\n".join(f"train.py: error{where}: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
+    lines = "\n".join(f"train.py: error{where}: {problem}" for problem in error.problems)
+    print(lines, file=sys.stderr, flush=True)
+    leave_note(f"{lines}\n")
     finish(error.code)
 
 
 def exit_if_another_failed(error):
-    """End with a line in place of a traceback if this rank failed because another one has gone; that one has said why."""
+    """End with a line in place of a traceback if this rank failed because another one has gone; that one has said why.
+
+    It ends after that one, or the launcher, which ends all ranks at the first one's end, would report this one.
+    """
     if found := LOST.search(str(error)):
         where = f"rank {os.environ.get('RANK', '0')} ({socket.gethostname()})"
         reason = ", ".join([found[0], *ADDRESS.findall(str(error))[:1]])
         words = f"{where}: the connection to another rank has ended ({reason}); what ended that one is said by itself"
         print(f"train.py: error: {words}", file=sys.stderr, flush=True)
+        leave_note(f"{words}\n")
+        restore_default_signals()
+        time.sleep(5)
         os._exit(1)  # leaves no code: it would take the place of the other's

@@ -124,7 +124,7 @@ def check_device(args):
             problems.append("--liger: its kernels are written in Triton for GPUs, and this machine's device is a CPU; leave it out")
         if args.tf32:
             problems.append("--tf32: is a precision of GPUs, and this machine's device is a CPU; leave it out")
-        if args.attn_implementation not in (None, "eager", "sdpa"):
+        if args.attn_implementation not in (None, "eager", "sdpa", "sdpa_by_row"):
             problems.append(
                 f"--attn_implementation {args.attn_implementation}: trains on a GPU, and this machine's device is a CPU; use sdpa"
             )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from zerotune.errors import UserError
-from zerotune.model.attention import VARIABLE_LENGTH
+from zerotune.model.attention import BY_ROW, VARIABLE_LENGTH, bias_by_row, row_lengths
 
 # For these it is tested against padded batches, losses and gradients (tests/test_packing.py).
 DECODERS = set("gpt2 llama mistral phi phi3 qwen2 qwen3 gemma gemma2".split())
@@ -42,7 +42,8 @@ def pack_forward(model):
 
     Without them the model is as it was. Decoders need positions that begin anew and no mask: from these transformers makes the mask
     itself, sliding windows included (masking_utils.py, find_packed_sequence_indices). Encoder-decoders need three masks, and their
-    encoder is called first, because one attention_mask would have to be the encoder's and the cross-attention's.
+    encoder is called first, because one attention_mask would have to be the encoder's and the cross-attention's. Attention row by
+    row takes the rows' lengths in place of each mask.
 
     Raises UserError for a family that is not known, and for attention that would not see these masks for what they are: an
     encoder-decoder's eager attention adds booleans, its flash attention takes none. A decoder's flash attention knows packed rows
@@ -50,13 +51,18 @@ def pack_forward(model):
     """
     check_packable(model.config)
     attention = model.config._attn_implementation
-    known = ("sdpa",) if model.config.is_encoder_decoder else ("sdpa", "eager", *VARIABLE_LENGTH)
+    known = ("sdpa", BY_ROW) if model.config.is_encoder_decoder else ("sdpa", "eager", *VARIABLE_LENGTH)
     if attention not in known:
         raise UserError(
             f"--packing: {attention} attention would not keep the rows of this model apart; it needs {' or '.join(known)}"
         )
     model_forward, positions = model.forward, None
     encoder = model.get_encoder() if model.config.is_encoder_decoder else None
+    by_row = attention == BY_ROW
+    mask_of = row_lengths if by_row else same_row
+    for module in model.modules() if by_row else ():
+        if hasattr(module, "compute_bias"):  # T5's
+            bias_by_row(module)
 
     def learned_positions(embedding):
         embedding_forward = embedding.forward
@@ -77,21 +83,20 @@ def pack_forward(model):
         nonlocal positions
         if token_rows is None:
             return model_forward(*args, **kwargs)
-        if encoder is None:
-            return model_forward(*args, **kwargs, position_ids=places_in_rows(token_rows))
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # peft names every input, most of them None
-        causal = torch.ones(target_rows.shape[1], target_rows.shape[1], dtype=torch.bool, device=target_rows.device).tril()
+        if encoder is None:
+            mask = {"attention_mask": mask_of(token_rows, token_rows)} if by_row else {}
+            return model_forward(*args, **kwargs, **mask, position_ids=places_in_rows(token_rows))
+        pairs = (token_rows, token_rows), (target_rows, target_rows), (target_rows, token_rows)
+        masks = [mask_of(*rows) for rows in pairs]
+        if not by_row:
+            masks[1] &= torch.ones_like(masks[1]).tril()
         try:
             positions = places_in_rows(token_rows)
-            hidden = encoder(input_ids=kwargs.pop("input_ids"), attention_mask=same_row(token_rows, token_rows))
+            hidden = encoder(input_ids=kwargs.pop("input_ids"), attention_mask=masks[0])
             positions = places_in_rows(target_rows)
-            return model_forward(
-                *args,
-                **kwargs,
-                encoder_outputs=hidden,
-                attention_mask=same_row(target_rows, token_rows),
-                decoder_attention_mask=same_row(target_rows, target_rows) & causal,
-            )
+            given = {"decoder_attention_mask": masks[1], "attention_mask": masks[2], "encoder_outputs": hidden}
+            return model_forward(*args, **kwargs, **given)
         finally:
             positions = None
 

@@ -185,7 +185,13 @@ def terms_of(rows, source_length, target_length):
     return [b, b * s, b * t, b * s * s, b * t * t, b * s * t]
 
 
-def shape_terms(batch):
-    """Return the values of TERMS for a collated batch."""
+def shape_terms(batch, apart=False):
+    """Return the values of TERMS for a collated batch; apart: the rows of a packed line attend by themselves."""
     rows, source_length = batch["input_ids"].shape
-    return terms_of(rows, source_length, batch["decoder_input_ids"].shape[1] if "decoder_input_ids" in batch else 0)
+    target_length = batch["decoder_input_ids"].shape[1] if "decoder_input_ids" in batch else 0
+    if not (apart and "token_rows" in batch):
+        return terms_of(rows, source_length, target_length)
+    sources = torch.bincount(batch["token_rows"].flatten())[1:]
+    targets = torch.bincount(batch["target_rows"].flatten())[1:] if target_length else 0 * sources
+    squares = [int((one * other).sum()) for one, other in ((sources, sources), (targets, targets), (sources, targets))]
+    return [*terms_of(rows, source_length, target_length)[:3], *squares]

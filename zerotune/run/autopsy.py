@@ -16,7 +16,7 @@ import traceback
 import torch
 
 from zerotune.engine import processes
-from zerotune.engine.ending import finish, leave_code
+from zerotune.engine.ending import finish, leave_code, leave_note
 from zerotune.plan.report import gib
 from zerotune.run.profiling import memory_gib
 from zerotune.run.records import GIB, peak_memory
@@ -80,13 +80,17 @@ def end(run, error):
         time.sleep(5)  # rank 0 speaks if it has run out as well, and then ends this one
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     error.__traceback__ = None  # with it and its frames goes what the failed pass held, or nothing below would find memory
+    said = []
     for part in (lambda: report(run, frames, error), frames.clear, lambda: what_would_fit(run)):
         try:
             lines = part() or []
         except Exception as another:  # planning needs memory as well
             reason = f"{type(another).__name__}: {' '.join(str(another).split())[:100]}"
             lines = [f"no memory is left to say more ({reason}); python -m zerotune plan says what fits"]
-        print("\n".join(f"train.py: out of memory: {line}" for line in lines), end="\n" * bool(lines), file=sys.stderr, flush=True)
+        lines = [f"train.py: out of memory: {line}\n" for line in lines]
+        print(*lines, sep="", end="", file=sys.stderr, flush=True)
+        said += lines
+    leave_note("".join(said))
     if (job := getattr(getattr(run, "saver", None), "job", None)) and job.thread.ident:
         job.thread.join(PATIENCE)  # a save that was under way: all ranks are still there to finish it
     leave_code(EXIT_CODE)  # before the launcher ends this process for the loss of the others

@@ -174,6 +174,15 @@ def check_rows(args):
         not args.packing or args.peft not in ("prefix", "prompt"),
         f"--packing: does not go with --peft {args.peft}, which puts positions of its own before each line of a batch",
     )
+    by_row = args.attn_implementation == "sdpa_by_row"
+    need(
+        args.packing or not by_row,
+        "--attn_implementation sdpa_by_row: is for rows in one line; give --packing as well, or use sdpa",
+    )
+    need(
+        not (args.torch_compile and by_row),
+        "--attn_implementation sdpa_by_row: --torch_compile would compile it for each row's length anew; use sdpa",
+    )
     need(not args.loss_chunks or args.task != "classification", "--loss_chunks: a classifier has no logits of a vocabulary")
     need(bool(args.source_lang) == bool(args.target_lang), "--source_lang and --target_lang go together; give both or none")
     return problems

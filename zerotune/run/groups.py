@@ -174,8 +174,13 @@ class LearningArguments:
     title = "learning"
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Arithmetic of forward and backward; no: float32.", MATHEMATICS)
     tf32: bool = flag(False, "Float32 matrix products in TF32, whose factors have 10 bits; needs a GPU that has it.", MATHEMATICS)
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = flag(
-        None, "Kernels of attention; the last three need CUDA. Default: transformers' choice for the model.", HARMLESS
+    attn_implementation: (
+        Literal["eager", "sdpa", "sdpa_by_row", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
+    ) = flag(
+        None,
+        "Kernels of attention; sdpa_by_row is for packed rows, the last three need CUDA. Default: transformers' choice for the "
+        "model, and sdpa_by_row for packed rows on a CPU.",
+        HARMLESS,
     )
     gradient_checkpointing: bool | str = flag(
         False,

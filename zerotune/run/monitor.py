@@ -1,11 +1,15 @@
 """What is watched beside the loop while steps are taken: tokens, losses, times, memory, stalls; and what becomes a record of it."""
 
 import time
+from pathlib import Path
 
 import torch
 
+from zerotune.engine import ending
+from zerotune.engine.processes import unwrap
 from zerotune.engine.tensor_parallel import copies
 from zerotune.model import compiling
+from zerotune.model.attention import lines_of_packed
 from zerotune.model.loss import by_source
 from zerotune.run import records
 from zerotune.run.profiling import Profile
@@ -20,7 +24,8 @@ class Monitor:
         self.console, self.schedule, self.logging_steps, self.output_dir = console, schedule, args.logging_steps, args.output_dir
         self.counts = counts if args.mixed_precision == "fp16" else {}
         self.metrics = records.Metrics(args.output_dir, console, accelerator, step)
-        self.window = records.Window(accelerator, with_shapes=args.profile_steps > 0)
+        rows_apart = lines_of_packed(unwrap(model).config) is not None
+        self.window = records.Window(accelerator, args.profile_steps > 0, rows_apart)
         self.end_report, self.accelerator, self.compiles = args.end_report, accelerator, args.torch_compile
         self.names, self.stream, self.sources = data.names("train"), data.stream(args.seed), None
         # Losses and targets of each source: of the steps taken since the last record, and of this one.
@@ -32,6 +37,7 @@ class Monitor:
         self.watchdog = watchdog
         self.write, self.paused, self.beat = self.metrics.write, self.window.paused, self.watchdog.beat
         self.beat()
+        ending.failures = Path(args.output_dir) / "failures"
 
     def steps(self, loader, start):
         """Yield (the step's number, its micro-batches), the first being start + 1."""

@@ -250,9 +250,9 @@ def step_of(line):
 class Window:
     """Sums over the steps since the last record; tensors stay on the device until `record` reads them, once."""
 
-    def __init__(self, accelerator, with_shapes=False):
-        """with_shapes: add `shape_terms`, from which zerotune.tools.flops gets FLOPs, to the records."""
-        self.accelerator, self.with_shapes = accelerator, with_shapes
+    def __init__(self, accelerator, with_shapes=False, rows_apart=False):
+        """with_shapes: add `shape_terms`, from which zerotune.tools.flops gets FLOPs, to the records; rows_apart: for it."""
+        self.accelerator, self.with_shapes, self.rows_apart = accelerator, with_shapes, rows_apart
         self.restart()
 
     def restart(self):
@@ -272,7 +272,9 @@ class Window:
         """Count the tokens of one collated micro-batch, from its tensors on the CPU."""
         real, padded = count_tokens(batch)
         self.real_tokens, self.padded_tokens = self.real_tokens + real, self.padded_tokens + padded
-        self.shape_terms = [total + term for total, term in zip(self.shape_terms, shape_terms(batch), strict=True)]
+        if self.with_shapes:
+            terms = shape_terms(batch, self.rows_apart)
+            self.shape_terms = [total + term for total, term in zip(self.shape_terms, terms, strict=True)]
 
     @contextlib.contextmanager
     def paused(self):

@@ -28,14 +28,16 @@ NETWORKS = {  # bytes/s that a ring has out of a node
     "A100, 8 x 200 Gbit/s": ("A100", 200e9),
     "A100, 1 x 100 Gbit/s": ("A100", 12.5e9),
 }
-STRATEGIES = {  # name: (stage, hpz, how gradients are reduced)
-    "ddp": (0, 1, "once"),
-    "zero2": (2, 1, "once"),
-    "zero2, --reduce each": (2, 1, "each"),
-    "zero3": (3, 1, "once"),
-    "zero3, --reduce each": (3, 1, "each"),
-    "zero3_hpz": (3, NODE, "once"),
+STRATEGIES = {  # name: (stage, hpz, how gradients are reduced, bytes of a weight and of a gradient on their way)
+    "ddp": (0, 1, "once", 2, 4),
+    "zero2": (2, 1, "once", 2, 2),
+    "zero2, --reduce each": (2, 1, "each", 2, 2),
+    "zero3": (3, 1, "once", 2, 2),
+    "zero3, --reduce each": (3, 1, "each", 2, 2),
+    "zero3_hpz": (3, NODE, "once", 2, 2),
+    "zeropp": (3, 1, "each", 1, 0.5),
 }
+ZEROPP = 3, NODE, "once", 1, 0.5  # all of ZeRO++ at once: its paper's case, arXiv:2306.10209
 MEAN_HOURS = 7.9 * 1024  # between failures of one GPU: Kokolis et al. 2024 (arXiv:2410.21680), 7.9 h of a job of 1,024
 # What others measured (github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md, in two versions;
 # github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md): who, model, parameters, tokens of a GPU's
@@ -52,13 +54,13 @@ MEASURED = [
 
 
 def sent(name, parameters, num_gpus, micro_batches=1, learning=1.0):
-    """Return (bytes out of a node, bytes within it) that a GPU sends in a step in bf16; ddp reduces gradients of float32."""
-    stage, hpz, reduce = STRATEGIES[name]
+    """Return (bytes out of a node, bytes within it) that a GPU sends in a step in bf16; name: of STRATEGIES, or such an entry."""
+    stage, hpz, reduce, of_weight, of_gradient = STRATEGIES.get(name, name)
     reductions = micro_batches if reduce == "each" else 1
     sizes = {
-        "weights": 2 * parameters,
-        "learning": 2 * parameters * learning,
-        "gradients": (4, 2)[stage > 0] * parameters * learning,
+        "weights": of_weight * parameters,
+        "learning": of_weight * parameters * learning,
+        "gradients": of_gradient * parameters * learning,
     }
     return bytes_of_step(stage, num_gpus, **sizes, micro_batches=micro_batches, reductions=reductions, hpz=hpz)
 
@@ -126,6 +128,12 @@ def predicted(parameters, tokens, num_gpus, share):
     bandwidth = known_gpu("H100").link if num_gpus <= NODE else NETWORKS["H100, 8 x 400 Gbit/s a node"][1]
     network = sent("zero3", parameters, num_gpus)[0] / bandwidth + 3 * 32 * ring_latency(num_gpus)
     return compute / max(compute, network)
+
+
+def zeropp_line():
+    """Return ZeRO++'s own counts beside these: what leaves a node in a step, in the bytes of a model in 16 bits."""
+    many, counted = 1_000_000, ((3, "ZeRO-3", "zero3"), (2, "hpZ", "zero3_hpz"), (0.75, "hpZ, qwZ and qgZ", ZEROPP))
+    return "; ".join(f"{words} {paper:g} and {sent(name, 1e9, many)[0] / 2e9:.3g}" for paper, words, name in counted)
 
 
 def measured_lines():
@@ -221,6 +229,7 @@ def page(counts):
         mean_hours=MEAN_HOURS,
         failures="\n".join(failures),
         measured="\n".join(measured),
+        zeropp=zeropp_line(),
         mean=statistics.fmean(abs(error) for error in errors),
         worst=max(errors, key=abs),
         pace=pace,
