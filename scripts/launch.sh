@@ -99,10 +99,14 @@ if [[ $STRATEGY == single ]]; then
 fi
 launch+=("$ROOT/train.py" "$@")
 
+out="" previous=""
 for word in "$@"; do
     if [[ $word == --help || $word == -h ]]; then
         exec "$PYTHON" "$ROOT/train.py" --help
     fi
+    [[ $previous == __output_dir ]] && out="$word"
+    previous="${word//-/_}" # train.py takes a flag's name with either
+    [[ $previous == __output_dir=* ]] && out="${word#*=}"
 done
 export NUM_MACHINES # hpZ is for several
 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m zerotune check "$config" "$NUM_PROCESSES" "$@"
@@ -138,6 +142,7 @@ export ZEROTUNE_EXIT_CODE_FILE
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 export PET_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT # torchrun's --signals-to-handle
 oom_kills_before="$(oom_kills)"
+begin="$(date -u +%FT%T)"
 (
     trap '' TERM INT USR1
     exec setsid "${launch[@]}"
@@ -188,5 +193,10 @@ if ((status != 0)) && [[ $(oom_kills) != "$oom_kills_before" ]]; then
     PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m zerotune plan --num_gpus "$NUM_PROCESSES" --strategy "$STRATEGY" "$@" >&2 ||
         true
     status=2
+fi
+# Each machine's log knows its own ranks alone; the notes that failing ranks leave are named by the time.
+if ((status != 0 && NUM_MACHINES > 1)) && [[ ${MACHINE_RANK:-} == 0 && -d $out/failures ]]; then
+    first="$(find "$out/failures" -name '*.txt' -printf '%f\n' | sort | awk -v begin="$begin" '$0 >= begin' | head -n 1)"
+    [[ -z $first ]] || echo "launch.sh: the first to fail: $(head -n 1 "$out/failures/$first"): $(tail -n 1 "$out/failures/$first")" >&2
 fi
 exit "$status"

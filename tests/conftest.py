@@ -157,6 +157,31 @@ def rows16(tmp_path_factory):
     return path
 
 
+OWN_CODE = """
+import os
+from transformers import LlamaForCausalLM
+
+class OwnModel(LlamaForCausalLM):
+    passes = 0
+
+    def forward(self, *args, **kwargs):
+        OwnModel.passes += self.training
+        if OwnModel.passes == 3 and os.environ["RANK"] == "1":
+            raise ValueError("rows of rank 1 are odd")
+        return super().forward(*args, **kwargs)
+"""
+
+
+@pytest.fixture
+def fails_on_rank_1(tiny, tmp_path):
+    """Return the folder of a Llama that brings its own code, which raises in the third pass of rank 1."""
+    folder = shutil.copytree(tiny("llama"), tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "own_model.OwnModel"}}))
+    (folder / "own_model.py").write_text(OWN_CODE)
+    return folder
+
+
 @dataclass
 class Result:
     code: int

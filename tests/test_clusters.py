@@ -53,6 +53,25 @@ def flags(tiny, rows16):
     return FLAGS | {"model_name_or_path": tiny("llama"), "train_file": rows16}
 
 
+@pytest.mark.launch
+def test_the_first_to_fail_is_told_on_machine_0(fails_on_rank_1, rows16, port, tmp_path):
+    """Rank 1, on machine 1, fails; machine 0, whose own log knows nothing of it, names it and says why."""
+    flags = {"model_name_or_path": fails_on_rank_1, "train_file": rows16, "task": "causal", "trust_remote_code": True}
+    flags |= {"max_steps": 6, "save_steps": 0, "output_dir": tmp_path / "run"}
+    given = {**os.environ, "STRATEGY": "ddp", "NUM_MACHINES": "2", "NUM_PROCESSES": "2", "MAIN_PROCESS_IP": "127.0.0.1"}
+    given |= {"MAIN_PROCESS_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command, pipes = (
+        ["bash", "scripts/launch.sh", *flags_of(flags)],
+        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
+    started = [subprocess.Popen(command, cwd=ROOT, env=given | {"MACHINE_RANK": str(rank)}, **pipes) for rank in (0, 1)]
+    (code, _, errors), (other, _, others) = ends(*started)
+    assert (code, other) == (1, 1), errors[-3000:] + others[-3000:]
+    said = f"launch.sh: the first to fail: rank 1, {socket.gethostname()}: ValueError: rows of rank 1 are odd"
+    assert errors.splitlines()[-1] == said and "rows of rank 1 are odd" not in errors.removesuffix(said + "\n").removesuffix(said)
+    assert "rows of rank 1 are odd" in others and "the first to fail" not in others
+
+
 def test_machines_that_are_alike_learn_their_interface(flags, port):
     late = machine(1, flags, port)  # before machine 0
     time.sleep(2)

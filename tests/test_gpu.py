@@ -108,6 +108,7 @@ SAVERS = [
     (None, {"liger": True}),
     (None, {"tf32": True, "mixed_precision": "no"}),
     (None, {"attn_implementation": "flex_attention", "packing": True}),
+    (None, {"attn_implementation": "sdpa_by_row", "packing": True}),
     (None, {"attn_implementation": "flash_attention_2", "packing": True}),
     ("zero2", {"reduce": "once", "gradient_accumulation_steps": 2}),
     ("zero3", {"reduce": "once", "gradient_accumulation_steps": 2}),

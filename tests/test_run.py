@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -207,31 +206,11 @@ def test_mistakes_end_in_one_line_each_and_code_2(train, tiny, rows16, tmp_path)
         assert "Traceback" not in done.output and not (done.folder / "run.json").exists()
 
 
-OWN_CODE = """
-import os
-from transformers import LlamaForCausalLM
-
-class OwnModel(LlamaForCausalLM):
-    passes = 0
-
-    def forward(self, *args, **kwargs):
-        OwnModel.passes += self.training
-        if OwnModel.passes == 3 and os.environ["RANK"] == "1":
-            raise ValueError("rows of rank 1 are odd")
-        return super().forward(*args, **kwargs)
-"""
-
-
 @pytest.mark.launch
-def test_the_rank_that_failed_is_named(train, tiny, rows16, tmp_path):
+def test_the_rank_that_failed_is_named(train, fails_on_rank_1, rows16):
     """A model's own code fails on one rank: torchrun's report and the first file of failures/ say which, and why."""
-    model = tmp_path / "model"
-    shutil.copytree(tiny("llama"), model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "own_model.OwnModel"}}))
-    (model / "own_model.py").write_text(OWN_CODE)
     result = train(
-        "ddp", real=True, check=False, model_name_or_path=model, train_file=rows16, task="causal", trust_remote_code=True,
+        "ddp", real=True, check=False, model_name_or_path=fails_on_rank_1, train_file=rows16, task="causal", trust_remote_code=True,
         max_steps=6, per_device_train_batch_size=2, save_steps=0,
     )  # fmt: skip
     assert result.code == 1, result.output[-3000:]
