@@ -278,7 +278,10 @@ def test_a_node_that_dies(cluster, train, tiny, rows16, tmp_path):
     assert not any(pid in ranks.values() for pid in ranks_of(out).values())
     straight = train("ddp", name="straight", **options)
     output = check_end(cluster, job, log, out, "ddp", straight)
-    assert output.count("the connection to another rank has ended (") == 1 and "[rank0]: Traceback" not in output
+    here = socket.gethostname()  # slurmd's names are not the machine's
+    ended = f"rank 0 ({here}): the connection to another rank has ended ("
+    assert output.count(f"0: train.py: error: {ended}") == 1 and "[rank0]: Traceback" not in output
+    assert f"0: launch.sh: the first to fail: rank 0, {here}: {ended}" in output
     assert "slurm.sh: start 2 on n[1-2], from step " in output and "slurm.sh: start 2 on n[1-2], from step 0\n" not in output
 
 

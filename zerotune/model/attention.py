@@ -47,8 +47,9 @@ def row_lengths(query_rows, key_rows):
     query_rows, key_rows: which row a token is of, from 1, and 0 for padding at the end, int64 of shape (1, length).
     Four dimensions, because transformers hands such a mask on as it is.
     """
-    order = query_rows[0].unique_consecutive()
-    counts = [torch.bincount(rows[0], minlength=int(order.max()) + 1)[order[order > 0]] for rows in (query_rows, key_rows)]
+    (queries,), (keys,) = query_rows, key_rows
+    order = queries.unique_consecutive()
+    counts = [torch.bincount(rows, minlength=int(order.max()) + 1)[order[order > 0]] for rows in (queries, keys)]
     return torch.stack(counts, dim=1)[None, None].cpu()
 
 
@@ -78,8 +79,8 @@ def sdpa_by_row(
         part.split([*lengths, part.shape[2] - sum(lengths)], 2) for part, lengths in ((query, queries), (key, keys), (value, keys))
     ]
     rows = zip(*parts, masks, strict=False)  # what is left of the line is padding, which nobody reads
-    outputs = [sdpa_attention_forward(module, *row, dropout, scaling, **kwargs)[0] for row in rows]
-    return F.pad(torch.cat(outputs, dim=1), (0, 0, 0, 0, 0, padding)), None
+    output = torch.cat([sdpa_attention_forward(module, *row, dropout, scaling, **kwargs)[0] for row in rows], dim=1)
+    return F.pad(output, (0, 0, 0, 0, 0, padding)) if padding else output, None
 
 
 def window_of(length, size, device):

@@ -41,7 +41,8 @@ def load_config(args):
     if type(config) not in AUTO_CLASSES[args.task]._model_mapping and not args.trust_remote_code:
         fits = [task for task, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping]
         raise UserError(f"--task {args.task}: a {config.model_type} model cannot do this; it fits {', '.join(fits) or 'no task'}")
-    by_row = args.packing and not args.torch_compile and not torch.cuda.is_available()
+    own_code = getattr(config, "auto_map", None)  # may know no attention but those it names
+    by_row = args.packing and not args.torch_compile and not own_code and not torch.cuda.is_available()
     choose_attention(config, args.attn_implementation, model_class_of(config, args.task), by_row)
     return config
 
