@@ -194,9 +194,15 @@ if ((status != 0)) && [[ $(oom_kills) != "$oom_kills_before" ]]; then
         true
     status=2
 fi
-# Each machine's log knows its own ranks alone; the notes that failing ranks leave are named by the time.
-if ((status != 0 && NUM_MACHINES > 1)) && [[ ${MACHINE_RANK:-} == 0 && -d $out/failures ]]; then
-    first="$(find "$out/failures" -name '*.txt' -printf '%f\n' | sort | awk -v begin="$begin" '$0 >= begin' | head -n 1)"
-    [[ -z $first ]] || echo "launch.sh: the first to fail: $(head -n 1 "$out/failures/$first"): $(tail -n 1 "$out/failures/$first")" >&2
+# Each machine's log knows its own ranks alone; the notes that failing ranks leave are named by the time. Their first line says which
+# rank, their second why.
+if ((status != 0 && NUM_MACHINES > 1)) && [[ ${MACHINE_RANK:-} == 0 && -n $out ]]; then
+    for note in "$out"/failures/*.txt; do
+        if [[ -r $note && ! ${note##*/} < $begin ]]; then
+            { read -r who && read -r why; } <"$note" || true
+            echo "launch.sh: the first to fail: ${who:-}: ${why:-}" >&2
+            break
+        fi
+    done
 fi
 exit "$status"

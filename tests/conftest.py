@@ -167,7 +167,7 @@ class OwnModel(LlamaForCausalLM):
     def forward(self, *args, **kwargs):
         OwnModel.passes += self.training
         if OwnModel.passes == 3 and os.environ["RANK"] == "1":
-            raise ValueError("rows of rank 1 are odd")
+            raise ValueError("rows of rank 1 are odd\\nand that is bad")
         return super().forward(*args, **kwargs)
 """
 

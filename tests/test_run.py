@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import socket
 import subprocess
@@ -217,5 +218,22 @@ def test_the_rank_that_failed_is_named(train, fails_on_rank_1, rows16):
     report = result.output[result.output.index("Root Cause (first observed failure):") :]
     assert re.search(r"rank +: 1 ", report) and "ValueError: rows of rank 1 are odd" in report, report
     notes = sorted((result.folder / "failures").iterdir())
-    assert notes[0].name.endswith("-rank1.txt") and notes[0].read_text().startswith(f"rank 1, {socket.gethostname()}\n")
-    assert notes[0].read_text().endswith("ValueError: rows of rank 1 are odd\n")
+    assert notes[0].name.endswith("-rank1.txt")
+    who, why, first, *_, last = notes[0].read_text().splitlines()
+    assert (who, why) == (f"rank 1, {socket.gethostname()}", "ValueError: rows of rank 1 are odd")
+    assert first == "Traceback (most recent call last):" and last == "and that is bad"
+
+
+def test_a_lost_connection_of_another_kind_has_its_traceback(tmp_path):
+    """To a tracker, a hub, a file system: no other rank has ended. The note is whole, and has only what a file can hold."""
+    code = "from pathlib import Path; from zerotune.engine import ending; ending.failures = Path('failures')\n"
+    code += "try: raise ConnectionResetError(104, 'Connection reset by peer \\udc80')\n"
+    code += "except OSError as error: ending.exit_for(error); raise"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "3", "TORCHELASTIC_ERROR_FILE": "error.json"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "another rank" not in done.stderr, done.stderr
+    (note,) = (tmp_path / "failures").iterdir()
+    lines = note.read_text().splitlines()
+    assert lines[:2] == [f"rank 3, {socket.gethostname()}", "ConnectionResetError: [Errno 104] Connection reset by peer ?"]
+    assert "Connection reset by peer" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["error.json", "failures"]

@@ -270,7 +270,7 @@ def test_the_time_limit_and_jobs_that_do_not_go_on(cluster, train, tiny, rows16,
 def test_a_node_that_dies(cluster, train, tiny, rows16, tmp_path):
     """Every process of the second node is killed at once, its slurmd included, which comes back."""
     options, out = options_of(tiny, rows16, max_steps=100, save_steps=10), tmp_path / "out"
-    job, log = cluster.submit(flags_of(options | {"output_dir": out}), STRATEGY="ddp", END_SECONDS="5")
+    job, log = cluster.submit(flags_of(options | {"output_dir": out}), STRATEGY="ddp", END_SECONDS="10")
     ranks = in_training(cluster, out)
     cluster.wait("a checkpoint", lambda: list_checkpoints(out))
     cluster.kill("n2")
@@ -278,9 +278,8 @@ def test_a_node_that_dies(cluster, train, tiny, rows16, tmp_path):
     assert not any(pid in ranks.values() for pid in ranks_of(out).values())
     straight = train("ddp", name="straight", **options)
     output = check_end(cluster, job, log, out, "ddp", straight)
-    here = socket.gethostname()  # slurmd's names are not the machine's
-    ended = f"rank 0 ({here}): the connection to another rank has ended ("
-    assert output.count(f"0: train.py: error: {ended}") == 1 and "[rank0]: Traceback" not in output
+    here, ended = socket.gethostname(), "the connection to another rank has ended ("  # slurmd's names are not the machine's
+    assert output.count(f"0: train.py: error: rank 0 ({here}): {ended}") == 1 and "[rank0]: Traceback" not in output
     assert f"0: launch.sh: the first to fail: rank 0, {here}: {ended}" in output
     assert "slurm.sh: start 2 on n[1-2], from step " in output and "slurm.sh: start 2 on n[1-2], from step 0\n" not in output
 

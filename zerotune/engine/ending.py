@@ -86,23 +86,33 @@ def exit_for(error):
     if isinstance(error, UserError):
         exit_with(error)
     exit_if_another_failed(error)
-    leave_note("".join(traceback.format_exception(error)))
+    words = str(error).strip().splitlines() or [""]
+    leave_note(f"{type(error).__name__}: {words[0]}", "".join(traceback.format_exception(error)))
 
 
-def leave_note(text):
+def leave_note(reason, text=""):
     """Say why this rank ends where it is found: in torchrun's report of the ranks, and in a file in the run's failures/.
 
-    The files are named by the time. With several machines, whose logs know nothing of each other, the first is what ended the run.
+    reason: a line. The files are named by the time: with several machines, whose logs know nothing of each other, the first one of
+    a launch is of what ended it.
     """
     now, rank = datetime.now(UTC), os.environ.get("RANK", "0")
     with contextlib.suppress(OSError):  # what is said on a full disk is in the log
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            facts = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(now.timestamp()))}}
-            Path(path).write_text(json.dumps({"message": facts}))
+            told = text or reason
+            facts = {"message": told, "extraInfo": {"py_callstack": told, "timestamp": str(int(now.timestamp()))}}
+            write_whole(Path(path), json.dumps({"message": facts}))  # torchrun dies of half of one
         if failures is not None:
             failures.mkdir(exist_ok=True)
             stamp = now.isoformat(timespec="milliseconds").removesuffix("+00:00")
-            (failures / f"{stamp}-rank{rank}.txt").write_text(f"rank {rank}, {socket.gethostname()}\n{text}")
+            write_whole(failures / f"{stamp}-rank{rank}.txt", f"rank {rank}, {socket.gethostname()}\n{reason}\n{text}")
+
+
+def write_whole(path, text):
+    """Write a file that is there as a whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    temporary.replace(path)
 
 
 def exit_with(error):
@@ -118,21 +128,20 @@ def exit_with(error):
     where = f" (rank {rank})" if rank > 0 else ""
     lines = "\n".join(f"train.py: error{where}: {problem}" for problem in error.problems)
     print(lines, file=sys.stderr, flush=True)
-    leave_note(f"{lines}\n")
+    leave_note(error.problems[0], f"{lines}\n")
     finish(error.code)
 
 
 def exit_if_another_failed(error):
     """End with a line in place of a traceback if this rank failed because another one has gone; that one has said why.
 
-    It ends after that one, or the launcher, which ends all ranks at the first one's end, would report this one.
+    It waits before it does: the launcher ends all ranks of a machine at the first one's end, and names that one.
     """
-    if found := LOST.search(str(error)):
+    if isinstance(error, RuntimeError) and (found := LOST.search(str(error))):
+        reason = f"the connection to another rank has ended ({', '.join([found[0], *ADDRESS.findall(str(error))[:1]])})"
         where = f"rank {os.environ.get('RANK', '0')} ({socket.gethostname()})"
-        reason = ", ".join([found[0], *ADDRESS.findall(str(error))[:1]])
-        words = f"{where}: the connection to another rank has ended ({reason}); what ended that one is said by itself"
-        print(f"train.py: error: {words}", file=sys.stderr, flush=True)
-        leave_note(f"{words}\n")
+        print(f"train.py: error: {where}: {reason}; what ended that one is said by itself", file=sys.stderr, flush=True)
         restore_default_signals()
         time.sleep(5)
+        leave_note(reason)
         os._exit(1)  # leaves no code: it would take the place of the other's

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from zerotune.engine.connections import Connections
-from zerotune.engine.ending import SIGNALS, finish
+from zerotune.engine.ending import SIGNALS, finish, leave_note
 from zerotune.engine.processes import COLLECTIVE_TIMEOUT, first_here, neighbours, other_addresses, signal_to
 
 
@@ -109,6 +109,8 @@ class Watchdog:
         reason = f"no progress for {self.timeout:g} s{lost and ', '}{lost}"
         print(f"rank {self.rank}: {reason}, ending the job; stacks follow", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        # Beside, as the file system may be what hangs.
+        threading.Thread(target=leave_note, args=[reason], daemon=True).start()
         for number in (signal.SIGCONT, signal.SIGUSR2):  # a stopped process answers only once it goes on
             for pid in self.neighbours:
                 signal_to(pid, number)

@@ -90,7 +90,7 @@ def end(run, error):
         lines = [f"train.py: out of memory: {line}\n" for line in lines]
         print(*lines, sep="", end="", file=sys.stderr, flush=True)
         said += lines
-    leave_note("".join(said))
+    leave_note(said[0].strip(), "".join(said))
     if (job := getattr(getattr(run, "saver", None), "job", None)) and job.thread.ident:
         job.thread.join(PATIENCE)  # a save that was under way: all ranks are still there to finish it
     leave_code(EXIT_CODE)  # before the launcher ends this process for the loss of the others

@@ -136,5 +136,5 @@ def open_folder(output_dir, anew):
         repair(Path(output_dir) / name)
     if not anew:
         return
-    for path in [*Path(output_dir).glob("checkpoint-*"), Path(output_dir) / "metrics.jsonl"]:
+    for path in [*Path(output_dir).glob("checkpoint-*"), *(Path(output_dir) / name for name in ("metrics.jsonl", "failures"))]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
