@@ -21,7 +21,7 @@ from torture import campaign, demo_flags, ranks_of, start, wait_for_training
 
 from zerotune.errors import UserError
 from zerotune.run import manifest
-from zerotune.run.checkpoint import check_request, choose, list_checkpoints
+from zerotune.run.checkpoint import check_request, choose, list_checkpoints, open_folder
 
 OPTIONS = {
     "per_device_train_batch_size": 2,
@@ -318,3 +318,14 @@ def test_a_torn_save_is_never_a_checkpoint(tmp_path):
     assert [step for step, _ in list_checkpoints(tmp_path)] == [4]
     assert manifest.verify(tmp_path / "checkpoint-4")[1] == ["manifest.json: No such file or directory"]
     assert Path(sys.executable).exists() and ROOT.is_dir()
+
+
+def test_starting_over_removes_an_earlier_run(tmp_path):
+    """--overwrite_output_dir: its checkpoints, records and failures, by which this one would be taken for it; nothing else."""
+    for name in ("checkpoint-3/x", "failures/x.txt", "metrics.jsonl", "thesis.tex"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    open_folder(tmp_path, anew=False)
+    assert len(list(tmp_path.iterdir())) == 4
+    open_folder(tmp_path, anew=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zerotune.errors import UserError
 from zerotune.model.attention import choose_attention, lines_of_packed
-from zerotune.model.loading import decoder_inputs
+from zerotune.model.loading import decoder_inputs, load_config
 from zerotune.model.loss import token_losses
 from zerotune.model.packing import DECODERS, ENCODER_DECODERS, check_exact, pack_forward, places_in_rows
 from zerotune.plan.empty import empty_model
@@ -19,6 +19,7 @@ from zerotune.rows import IGNORE
 from zerotune.rows.batches import Stream, deal_by_tokens, rows_of_step
 from zerotune.rows.collation import Collator, count_tokens, shape_terms
 from zerotune.rows.packing import lines_of
+from zerotune.run.arguments import Arguments
 from zerotune.tools.flops import coefficients
 
 SIZE = len(WORDS) + len(SPECIALS)
@@ -128,20 +129,15 @@ def test_packed_is_padded(family, kernel):
 @pytest.mark.parametrize("family", ["t5", "bart", "llama"])
 def test_row_by_row_costs_what_the_rows_cost(family):
     """No token of padding, and to a thousandth the products of the rows one by one, as torch and the records count them."""
-    model_class, config = tiny_config(family, 0.0)
-    choose_attention(config, None, model_class, by_row=True)
-    model = model_class(config).train()
-    assert model.config._attn_implementation == "sdpa_by_row"
-    pack_forward(model)
-    task = "causal" if family == "llama" else "seq2seq"
-    inputs = decoder_inputs(model, config) if task == "seq2seq" else None
-    columns, counted = columns_of(task, [40, 3, 17, 29, 5, 11]), {}
+    task, counted = "causal" if family == "llama" else "seq2seq", {}
+    columns = columns_of(task, [40, 3, 17, 29, 5, 11])
     one_by_one = [{name: rows[place : place + 1] for name, rows in columns.items()} for place in range(6)]
-    for kernel in ("sdpa_by_row", "sdpa"):
-        collator = Collator(task, 0, None, 1, inputs, 32, lines_of_packed(config) if kernel == "sdpa_by_row" else 1)
-        model.set_attn_implementation(kernel)
-        if kernel == "sdpa":  # dense masks over the same line
-            pack_forward(model := model_class(config))
+    for kernel in ("sdpa", "sdpa_by_row"):
+        model_class, config = tiny_config(family, 0.0)
+        choose_attention(config, kernel, model_class)
+        model = model_class(config).train()
+        pack_forward(model)
+        collator = Collator(task, 0, None, 1, decoder_inputs(model, config) if task == "seq2seq" else None, 32, lines=1)
         for parts in ([columns], one_by_one):
             # The kernel that is written in matrix products: torch's counter does not know the CPU's fused one.
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -155,6 +151,19 @@ def test_row_by_row_costs_what_the_rows_cost(family):
     assert np.dot(coefficients(config, task), terms) == pytest.approx(counted["sdpa_by_row", 1], rel=1e-3)
     assert counted["sdpa_by_row", 1] == pytest.approx(counted["sdpa_by_row", 6], rel=1e-3)
     assert counted["sdpa", 1] > 1.1 * counted["sdpa_by_row", 1]
+
+
+def test_what_a_cpu_packs_by_itself(fails_on_rank_1, tiny):
+    """Row by row where transformers' own class runs; a model's own code may know no other attention than it names."""
+    common = {"task": "causal", "trust_remote_code": True}
+    for folder, flags, kernel in (
+        (tiny("llama"), {"packing": True}, None if torch.cuda.is_available() else "sdpa_by_row"),
+        (tiny("llama"), {"packing": True, "torch_compile": True}, None),
+        (tiny("llama"), {}, None),
+        (fails_on_rank_1, {"packing": True}, None),
+    ):
+        config = load_config(Arguments(model_name_or_path=str(folder), **common, **flags))
+        assert config._attn_implementation == kernel, (folder, flags)
 
 
 def test_wider_models_waste_less():
@@ -302,7 +311,7 @@ def test_a_packed_run_is_a_padded_run(cell, train, tiny, rows16):
     }  # fmt: skip
     options |= more
     padded = train(None, name="padded", **options | {"gradient_accumulation_steps": 2 * options["gradient_accumulation_steps"]})
-    kernel = KERNELS.get(family, "sdpa_by_row")  # that one without a word
+    kernel = KERNELS.get(family, "sdpa" if torch.cuda.is_available() else "sdpa_by_row")  # that one without a word
     kernels = {"attn_implementation": kernel} if family in KERNELS else {}
     packed = train(strategy, name="packed", packing=True, **kernels, **options)
     assert [run.run["engine"]["attention"] for run in (padded, packed)] == ["sdpa", kernel]
@@ -314,7 +323,7 @@ def test_a_packed_run_is_a_padded_run(cell, train, tiny, rows16):
     assert abs(packed.records("eval_loss")[0]["eval_loss"] / padded.records("eval_loss")[0]["eval_loss"] - 1) < 1e-5
     share = [sum(record["padding_fraction"] for record in run.records("loss")) for run in (padded, packed)]
     # Dense masks have several lines: of a width of 32, for which attention over a long line is dear.
-    assert share[1] < 0.75 * share[0] if family in KERNELS else share[1] == 0 < share[0], share
+    assert share[1] < 0.75 * share[0] if kernel != "sdpa_by_row" else share[1] == 0 < share[0], share
     assert packed.run["arguments"]["packing"] is True
     assert "by_row" not in (packed.folder / "final" / ("config.json" if "peft" not in more else "adapter_config.json")).read_text()
 

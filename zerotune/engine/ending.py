@@ -97,7 +97,7 @@ def leave_note(reason, text=""):
     a launch is of what ended it.
     """
     now, rank = datetime.now(UTC), os.environ.get("RANK", "0")
-    with contextlib.suppress(OSError):  # what is said on a full disk is in the log
+    with contextlib.suppress(OSError, MemoryError):  # nothing may keep this rank from its end; the log says it as well
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             told = text or reason
             facts = {"message": told, "extraInfo": {"py_callstack": told, "timestamp": str(int(now.timestamp()))}}

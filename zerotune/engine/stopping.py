@@ -98,7 +98,7 @@ class Watchdog:
             time.sleep(tick)
             if self.rank == first_here() and time.monotonic() - asked >= min(10.0, 2 * tick):
                 asked = time.monotonic()
-                if lost := self.connections.lost():
+                if lost := self.connections.lost():  # no note: the file system may lie behind the same cable, and hold this process
                     print(f"rank {self.rank}: {lost}; ending this machine's ranks", file=sys.stderr, flush=True)
                     self._kill()
         self._end()

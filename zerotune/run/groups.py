@@ -179,7 +179,7 @@ class LearningArguments:
     ) = flag(
         None,
         "Kernels of attention; sdpa_by_row is for packed rows, the last three need CUDA. Default: transformers' choice for the "
-        "model, and sdpa_by_row for packed rows on a CPU.",
+        "model, and sdpa_by_row for packed rows on a CPU (docs/rows.md).",
         HARMLESS,
     )
     gradient_checkpointing: bool | str = flag(
