@@ -37,7 +37,6 @@ from zerotune.engine import processes, stopping
 from zerotune.engine.deepspeed_config import has_cuda
 from zerotune.engine.determinism import seed_pass, set_deterministic, set_tf32
 from zerotune.engine.ending import exit_for, finish, ignore_signals
-from zerotune.engine.frozen import frozen_checksum
 from zerotune.engine.optimizer import build_optimizer
 from zerotune.engine.processes import unwrap
 from zerotune.engine.reduction import Reduction
@@ -195,17 +194,18 @@ def load_model(run):
         births=run.phases and run.phases.births(run.begin),
         muon_learning_rate=args.muon_learning_rate,
     )
-    run.cache = FrozenCache(args, model)
+    run.cache = FrozenCache(run, model)
     if args.peft == "adalora":
         adapters.allocate_ranks(model, optimizer)
     decoder_inputs = loading.decoder_inputs(model, run.config) if args.task == "seq2seq" else None
     packing = (loading.hidden_size(run.config), lines_of_packed(model.config)) if args.packing else ()
     multiple = 8 if has_cuda() else 1
     run.collator = Collator(args.task, run.tokenizer.pad_token_id, run.data.labels, multiple, decoder_inputs, *packing)
-    run.model, run.optimizer = accelerator.prepare(model, optimizer)
+    with run.cache.kept_from_engine():
+        run.model, run.optimizer = accelerator.prepare(model, optimizer)
     train_mode(run.model, args.frozen_eval)
     run.reduction = Reduction(accelerator, run.model, run.fit.choose_reduction())
-    if args.packing:  # before anything of an earlier run is touched
+    if args.packing and not run.cache.found:  # before anything of an earlier run is touched
         run.fit.try_packing(run.model, run.collator, forward_loss, run.precision)
 
 
@@ -242,10 +242,10 @@ def resume(run):
     if accelerator.is_main_process:
         checkpoint.open_folder(args.output_dir, anew=run.found is None and args.overwrite_output_dir)
     never, facts = run.freeze_report.never_learning(unwrap(model)), records.environment_facts()
-    frozen = frozen_checksum(accelerator, model, run.precision, never)
+    frozen = run.cache.frozen_checksum(never)
     if run.found:
         checkpoint.load(accelerator, model, run.optimizer, run.found, run.manifest, frozen, run.phases)
-    run.cache.open(run, forward_loss)
+    run.cache.open(forward_loss)
     engine = processes.engine_facts(accelerator, run.strategy, model, run.optimizer)
     engine |= {"parameters_partitioned_at_load": run.num_partitioned, "gradients_reduced": run.reduction.words}
     engine["attention"] = unwrap(model).config._attn_implementation

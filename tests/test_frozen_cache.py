@@ -1,17 +1,22 @@
 """What is frozen runs once a row: its outputs kept on disk give the losses of a run without them, and are whole or absent."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags_of, text, tiny_config
+from safetensors.torch import load_file
 
 from zerotune.errors import UserError
 from zerotune.model.freezing import apply_rules
@@ -120,6 +125,81 @@ def test_a_kill_leaves_whole_rows(train, tiny, tmp_path):
     resumed = train(None, name="run", cache_frozen=tmp_path / "killed", **options)
     assert resumed.run["resumed_from"] and resumed.run["frozen_cache"]["rows_there"] == 300
     assert all(torch.equal(weight, resumed.weights()[name]) for name, weight in straight.weights().items())
+
+
+def touched(file):
+    """Return the most bytes of a file that any process has mapped and touched, None if none has mapped it."""
+    most = None
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(file) in (process / "maps").read_text():
+                areas = (process / "smaps").read_text().split("\nVmFlags:")
+                sizes = [re.search(r"\nRss: +(\d+) kB", area)[1] for area in areas if f" {file}\n" in area]
+                most = max(most or 0, 1024 * sum(map(int, sizes)))
+    return most
+
+
+@contextlib.contextmanager
+def watched(weights, folder):
+    """Yield a list of what `touched` sees of the run in a folder, from its first step's record until final/ is begun."""
+    seen, ended = [], threading.Event()
+
+    def watch():
+        while not ended.wait(0.05):
+            begun, now = (folder / "metrics.jsonl").exists(), touched(weights)
+            if begun and not list(folder.glob("final*")):
+                seen.append(now)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        watcher.join()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("strategy", [None, "ddp", "zero2"])
+def test_weights_behind_a_whole_cache_are_not_read(strategy, train, tiny, rows16, tmp_path):
+    """While it trains, a run that fills the cache has touched the encoder's weights, one that finds it whole has not.
+
+    DDP's engine makes a copy of its own of all that it is given, after which nothing of the file is mapped.
+    """
+    model_class, config = tiny_config("t5", 0.1)
+    config.d_model, config.d_ff, config.num_layers = 256, 4096, 3
+    shutil.copytree(tiny("t5"), tmp_path / "model")
+    model = model_class(config)
+    model.save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    blocks = list(model.encoder.block.parameters())
+    size = sum(parameter.numel() * 4 for parameter in blocks)
+    options = options_of("t5", tiny, rows16) | {"model_name_or_path": tmp_path / "model", "num_train_epochs": 3}
+    most = {}
+    for name, rate in (("fills", 1e-3), ("reads", 2e-3)):  # the rate has nothing to do with it
+        with watched(weights, tmp_path / name) as seen:
+            options |= {"learning_rate": rate, "cache_frozen": tmp_path / "cache"}
+            run = train(strategy, name=name, **options)
+        most[name] = max(filter(None, seen), default=None)
+        assert run.run["frozen_cache"]["passes"]["read"] > 0
+        assert all(run.weights()[key].equal(value) for key, value in load_file(weights).items() if key.startswith("encoder.block"))
+    # transformers looks at the beginning of each tensor, and the kernel maps up to 16 pages around the one that is asked for.
+    beginnings, rest = 2 * 16 * 4096 * len(blocks), weights.stat().st_size - size
+    assert size > 4 * beginnings and (most["fills"] is None if strategy == "ddp" else most["fills"] > size), most
+    assert 0 < most["reads"] < rest + beginnings, (most, size, rest)
+
+
+@pytest.mark.launch
+def test_several_machines_read_a_whole_one(train, tiny, rows16, tmp_path):
+    """Ranks that believe to be on two machines do not fill a cache; of another place they say who does not see it."""
+    options = options_of("t5-ddp", tiny, rows16) | {"cache_frozen": tmp_path / "cache"}
+    two = {"environment": {"MACHINES": "2"}}
+    refused = train("ddp", name="refused", check=False, **two, **options)
+    assert refused.code == 2 and "several machines read a cache that is whole, and do not fill one; fill it" in refused.output
+    one = train("ddp", name="one", **options)
+    both = train("ddp", name="both", **two, **options)
+    found, expected = ([record["loss"] for record in run.records("loss")] for run in (both, one))
+    assert found == pytest.approx(expected, rel=1e-5) and both.run["frozen_cache"]["passes"]["computed"] == 0
 
 
 def test_rows_are_whole_or_absent(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -205,23 +204,6 @@ def test_mistakes_end_in_one_line_each_and_code_2(train, tiny, rows16, tmp_path)
         assert done.code == 2, done.output
         assert all(message in done.output for message in messages), done.output
         assert "Traceback" not in done.output and not (done.folder / "run.json").exists()
-
-
-@pytest.mark.launch
-def test_the_rank_that_failed_is_named(train, fails_on_rank_1, rows16):
-    """A model's own code fails on one rank: torchrun's report and the first file of failures/ say which, and why."""
-    result = train(
-        "ddp", real=True, check=False, model_name_or_path=fails_on_rank_1, train_file=rows16, task="causal", trust_remote_code=True,
-        max_steps=6, per_device_train_batch_size=2, save_steps=0,
-    )  # fmt: skip
-    assert result.code == 1, result.output[-3000:]
-    report = result.output[result.output.index("Root Cause (first observed failure):") :]
-    assert re.search(r"rank +: 1 ", report) and "ValueError: rows of rank 1 are odd" in report, report
-    notes = sorted((result.folder / "failures").iterdir())
-    assert notes[0].name.endswith("-rank1.txt")
-    who, why, first, *_, last = notes[0].read_text().splitlines()
-    assert (who, why) == (f"rank 1, {socket.gethostname()}", "ValueError: rows of rank 1 are odd")
-    assert first == "Traceback (most recent call last):" and last == "and that is bad"
 
 
 def test_a_lost_connection_of_another_kind_has_its_traceback(tmp_path):

@@ -1,4 +1,4 @@
-"""scripts/slurm.sh under a real Slurm: two nodes of this machine; jobs that are preempted, late, lose a node, or cannot go on.
+"""scripts/slurm.sh under a real Slurm: two nodes of this machine; jobs that are late, preempted, lose a node, or cannot go on.
 
 A controller and two slurmd with ports of their own, started for this file alone; munge's key and socket are in the same folder.
 """
@@ -51,6 +51,7 @@ KillWait=3
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
+PartitionName=kept Nodes=ALL PriorityTier=1 PreemptMode=OFF
 PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF
 """
 
@@ -217,60 +218,63 @@ def check_one_save(output, out, number):
 
 
 @pytest.mark.launch
-def test_a_preempted_job_goes_on(cluster, train, tiny, rows16, tmp_path):
-    """Slurm sends SIGTERM to every process of the job, data workers and launchers included, and does not requeue it itself."""
-    options, out = options_of(tiny, rows16, dataloader_num_workers=1), tmp_path / "out"
-    job, log = cluster.submit(flags_of(options | {"output_dir": out}), STRATEGY="zero3")
-    in_training(cluster, out)
-    cluster.submit(["--exclusive", "--partition=high", "--wrap=true"])
-    straight = train("zero3", name="straight", **options)
-    output = check_end(cluster, job, log, out, "zero3", straight)
-    check_one_save(output, out, signal.SIGTERM)
+def test_jobs_that_are_late_preempted_mistaken_broken_and_cancelled(cluster, train, tiny, rows16, tmp_path):
+    """Slurm looks at time limits every 30 seconds. Until then the late job's ranks are stopped, and the others have their ends.
 
+    To a preempted job it sends SIGTERM, to each of its processes, data workers and launchers included, and does not requeue it.
+    """
+    options = {"late": options_of(tiny, rows16), "preempted": options_of(tiny, rows16, max_steps=80, dataloader_num_workers=1)}
+    strategies, number = {"late": "ddp", "preempted": "zero3"}, {"late": signal.SIGUSR1, "preempted": signal.SIGTERM}
 
-@pytest.mark.launch
-def test_the_time_limit_and_jobs_that_do_not_go_on(cluster, train, tiny, rows16, tmp_path):
-    """Slurm looks at the limits every 30 seconds; until then the ranks are stopped, and other jobs end."""
-    options, out = options_of(tiny, rows16), tmp_path / "out"
-    job, log = cluster.submit(flags_of(options | {"output_dir": out}), STRATEGY="ddp")
-    for pid in in_training(cluster, out).values():
+    def submit(name, *words, **environment):
+        flags = options.get(name, options["late"]) | {"output_dir": tmp_path / name}
+        kept = () if name == "preempted" else ("--partition=kept",)
+        environment = {"STRATEGY": strategies.get(name, "ddp")} | environment
+        return cluster.submit([*kept, "scripts/slurm.sh", *flags_of(flags), *words], **environment)
+
+    jobs = {"late": submit("late")}
+    for pid in in_training(cluster, tmp_path / "late").values():
         os.kill(pid, signal.SIGSTOP)
-    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=2")  # 120 seconds before its end are over
+    late = jobs["late"][0]
+    cluster.ask("scontrol", "update", f"JobId={late}", "TimeLimit=2")  # 120 seconds before its end are over
 
-    def flags(name, **more):
-        return flags_of(options | {"output_dir": tmp_path / name} | more)
-
-    broken, broken_log = cluster.submit(flags("broken"), PYTHON="false", MAX_TRIES="2")
-    mistaken, mistaken_log = cluster.submit(flags("mistaken", max_steps="none"))
-    several = cluster.ask("srun", "--ntasks=2", "--nodes=1", "bash", "-c", "bash scripts/launch.sh 2>&1 || echo code $?")
+    jobs["preempted"] = submit("preempted")
+    broken, broken_log = submit("broken", PYTHON="false", MAX_TRIES="2")
+    mistaken, mistaken_log = submit("mistaken", "--max_steps", "none")
+    in_training(cluster, tmp_path / "preempted")
+    cluster.submit(["--cpus-per-task=3", "--partition=high", "--wrap=true"])  # of 4, and the late job has one
+    several = cluster.ask(
+        "srun", "--partition=kept", "--ntasks=2", "--nodes=1", "bash", "-c", "bash scripts/launch.sh 2>&1 || echo code $?"
+    )
     assert several.count("launch.sh: srun has started 2 of it a machine") == 2 and several.count("code 2") == 2
     (tmp_path / "wait").write_text("#!/bin/sh\nexec sleep 600\n")
     (tmp_path / "wait").chmod(0o755)
-    cancelled, cancelled_log = cluster.submit(flags("cancelled"), PYTHON=str(tmp_path / "wait"))
+    cancelled, cancelled_log = submit("cancelled", PYTHON=str(tmp_path / "wait"))
     cluster.wait("a step of the job", lambda: f"{cancelled}.0 " in cluster.ask("squeue", "-hs", "-o", "%i %N"))
     cluster.ask("scancel", str(cancelled))
 
-    for number, path, code, restarts, words in (
+    for job, path, code, restarts, words in (
         (mistaken, mistaken_log, "2:0", "0", "argument --max_steps"),
         (broken, broken_log, "1:0", "1", "exit code 1, and MAX_TRIES=2 starts left no checkpoint after step 0; not requeued"),
         (cancelled, cancelled_log, "*", "0", "CANCELLED"),
     ):
-        shown, output = cluster.end_of(number), path.read_text()
+        shown, output = cluster.end_of(job), path.read_text()
         assert shown["JobState"] == ("CANCELLED" if code == "*" else "FAILED") and shown["Restarts"] == restarts, output
         assert (code == "*" or shown["ExitCode"] == code) and words in output and "Traceback" not in output, (shown, output)
 
-    cluster.wait("requeue", lambda: "; requeueing" in log.read_text())
-    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60")
-    straight = train("ddp", name="straight", **options)
-    output = check_end(cluster, job, log, out, "ddp", straight)
-    check_one_save(output, out, signal.SIGUSR1)
+    cluster.wait("requeue", lambda: "; requeueing" in jobs["late"][1].read_text())
+    cluster.ask("scontrol", "update", f"JobId={late}", "TimeLimit=60")
+    for name, (job, log) in jobs.items():
+        straight = train(strategies[name], name=f"straight-{name}", **options[name])
+        output = check_end(cluster, job, log, tmp_path / name, strategies[name], straight)
+        check_one_save(output, tmp_path / name, number[name])
 
 
 @pytest.mark.launch
 def test_a_node_that_dies(cluster, train, tiny, rows16, tmp_path):
     """Every process of the second node is killed at once, its slurmd included, which comes back."""
     options, out = options_of(tiny, rows16, max_steps=100, save_steps=10), tmp_path / "out"
-    job, log = cluster.submit(flags_of(options | {"output_dir": out}), STRATEGY="ddp", END_SECONDS="10")
+    job, log = cluster.submit(flags_of(options | {"output_dir": out}), STRATEGY="ddp", END_SECONDS="3")
     ranks = in_training(cluster, out)
     cluster.wait("a checkpoint", lambda: list_checkpoints(out))
     cluster.kill("n2")

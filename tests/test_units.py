@@ -224,19 +224,26 @@ def test_help_has_every_flag_with_its_default(capsys):
     assert "(default: 5e-05)" in text and "tokens" in text
 
 
-HELP = """
+IMPORTED = """
 import runpy, sys
-sys.argv = ["train.py", "--help"]
 try:
-    runpy.run_path("train.py", run_name="__main__")
+    {run}
 except SystemExit:
-    print("IMPORTED", sorted({name.partition(".")[0] for name in sys.modules} & {"numpy", "torch", "transformers", "accelerate"}))
+    heavy = {{"torch", "transformers", "accelerate", "deepspeed"}}
+    print("IMPORTED", sorted({{name.partition(".")[0] for name in sys.modules}} & heavy))
 """
 
 
-def test_help_waits_for_no_library():
-    done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True)
-    assert "--learning_rate X" in done.stdout and done.stdout.endswith("IMPORTED []\n"), done.stdout[-300:] + done.stderr
+def test_help_and_the_check_before_a_launch_wait_for_no_library(tiny, rows16, tmp_path):
+    flags = ["--model_name_or_path", tiny("llama"), "--task", "causal", "--train_file", rows16, "--output_dir", tmp_path]
+    check = ["zerotune", "check", "accelerate_configs/zero3_sp.yaml", "4", *map(str, flags)]
+    for words, run, said in (
+        (["train.py", "--help"], "runpy.run_path('train.py', run_name='__main__')", "--learning_rate X"),
+        (check, "runpy.run_module('zerotune', run_name='__main__')", ""),
+    ):
+        code = f"import sys; sys.argv = {words}\n{IMPORTED.format(run=run)}"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert said in done.stdout and done.stdout.endswith("IMPORTED []\n"), done.stdout[-300:] + done.stderr
 
 
 def test_every_flag_says_what_it_decides():

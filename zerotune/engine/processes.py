@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from zerotune.engine.connections import own_addresses
+from zerotune.engine.connections import machines_timeout, own_addresses
 from zerotune.engine.deepspeed_config import section
 from zerotune.engine.ending import STARTED_AGAIN
 from zerotune.engine.tensor_parallel import place
@@ -23,8 +23,6 @@ AGENT_PORT = "ZEROTUNE_AGENT_PORT"  # of the launcher's store
 # One process tokenises while the others wait; the libraries' 10 and 30 minutes would end a run on a large file. What ends a rank
 # that stalls in training is the watchdog (stopping.py).
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
-# Seconds for the ranks of several machines, which begin together, to meet: imports, and DeepSpeed's first build of its operators.
-MEETING = 600.0
 
 
 def meet_again():
@@ -48,17 +46,19 @@ def meet_again():
 
 
 def meeting():
-    """Return a timer, to be cancelled when the ranks have met; after MEETING seconds it ends this process.
+    """Return a timer, to be cancelled when the ranks have met; after MACHINES_TIMEOUT it ends this process.
 
-    Of several machines alone, which have met by then (scripts/launch.sh).
+    Of several machines alone. They and their launchers have met by then (scripts/launch.sh): who is missing has ended since.
     """
+    patience = machines_timeout()
 
     def give_up():
         rank = os.environ.get("RANK", "0")
-        print(f"rank {rank}: the ranks of all machines have not met within {MEETING:g} s; ending", file=sys.stderr, flush=True)
+        words = f"the ranks of all machines have not met within {patience:g} s (MACHINES_TIMEOUT)"
+        print(f"rank {rank}: {words}; ending", file=sys.stderr, flush=True)
         os._exit(1)
 
-    timer = threading.Timer(MEETING, give_up)
+    timer = threading.Timer(patience, give_up)
     timer.daemon = True
     if int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         timer.start()

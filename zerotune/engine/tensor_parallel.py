@@ -4,8 +4,6 @@ The ranks of a group follow each other (deepspeed/utils/groups.py, _init_tp_mesh
 same rows: rows are dealt to groups, and what is counted over all ranks is counted once for each of a group.
 """
 
-import torch
-
 from zerotune.engine.deepspeed_config import section
 from zerotune.engine.sequence_parallel import launched_size
 
@@ -94,7 +92,11 @@ def copies(accelerator):
 def piece_words(model):
     """Return words for which piece of each layer an engine holds, for names in a checkpoint; '' where layers are whole."""
     size = model.autotp_size() if hasattr(model, "autotp_size") else 0
-    return f" [piece {torch.distributed.get_rank() % size} of {size}]" if size > 1 else ""
+    if size <= 1:
+        return ""
+    import torch.distributed  # takes a second, which scripts/launch.sh's check need not
+
+    return f" [piece {torch.distributed.get_rank() % size} of {size}]"
 
 
 def num_pieces(name):

@@ -1,57 +1,127 @@
-"""--cache_frozen: outputs of a frozen encoder, or of frozen bottom blocks, computed in the first epoch and read in the others."""
+"""--cache_frozen: outputs of a frozen encoder, or of frozen bottom blocks, computed in the first epoch and read in the others.
 
+A run that finds the outputs of all rows reads nothing of the weights behind them: what these are, and that this model loses the
+same with the cache as without, stands in the note of an earlier run. Weights that transformers maps from a file stay in that file,
+on no device, until an evaluation or final/ wants them.
+"""
+
+import contextlib
 import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 
+from zerotune.engine.ending import write_whole
 from zerotune.engine.frozen import frozen_checksum
-from zerotune.engine.processes import first_on_each_node, neighbours
+from zerotune.engine.processes import first_on_each_node, neighbours, ranks_where
 from zerotune.errors import UserError
+from zerotune.model.loading import stored_names
 from zerotune.model.packing import check_exact
 from zerotune.model.prefix import CachedPrefix
 from zerotune.rows import IGNORE
+from zerotune.rows.cache import file_sha256
 from zerotune.rows.prefix_states import PrefixStates
-from zerotune.run.records import GIB, add_to_run
+from zerotune.run.arguments import LED_TO_BY
+from zerotune.run.records import GIB, add_to_run, package_versions, sha256_of
+
+# What a resume compares or says and what is frozen does not see: the update, and how rows are dealt.
+UNSEEN = {"warm-up steps", "steps of the schedule", "rows a step", "processes", "reduce"}
+UNSEEN |= set(LED_TO_BY["rows a step"]) | {"max_tokens_per_micro_batch", "--group_by_length", "--length_window", "--optim"}
+UNSEEN |= {
+    f"--{name}" for name in "learning_rate muon_learning_rate lr_scheduler_type weight_decay max_grad_norm max_loss_spike".split()
+}
 
 
 class FrozenCache:
     """Goes along with a run; without --cache_frozen it does nothing."""
 
-    def __init__(self, args, model):
-        """model: before it is wrapped for training."""
-        self.args, self.epoch, self.prefix, self.states = args, None, None, None
-        if args.cache_frozen:
-            self.prefix = CachedPrefix(model.get_base_model() if args.peft else model)
+    def __init__(self, run, model):
+        """model: before it is wrapped for training; a collective."""
+        self.run, self.args, self.epoch, self.prefix, self.states, self.found = run, run.args, None, None, None, None
+        if self.args.cache_frozen:
+            self.prefix = CachedPrefix(model.get_base_model() if self.args.peft else model)
+            self.note = self.name_of_note(model) if run.accelerator.is_main_process else None
+            self.found = broadcast_object_list([self.whole_one()])[0]
 
-    def open(self, run, forward_loss):
+    def name_of_note(self, model):
+        """Return the name of a note on the frozen weights and a pass through them, from what both follow from; no weight is read.
+
+        None where not all of that is known: without safetensors, or with code of the model's own.
+        """
+        run, files = self.run, sorted(set(stored_names(self.args.model_name_or_path).values()))
+        if not files or getattr(run.config, "auto_map", None):
+            return None
+        facts = {name: value for name, value in (run.fingerprint | run.layout).items() if name not in UNSEEN}
+        facts |= {name: getattr(self.args, name) for name in ("frozen_dtype", "activation_offload", "liger")}
+        facts["weights"] = [[name, list(p.shape), str(p.dtype), p.requires_grad] for name, p in model.named_parameters()]
+        facts |= {"files": list(map(file_sha256, files)), "versions": package_versions(), "device": run.accelerator.device.type}
+        return f"tried-{sha256_of(facts)[:16]}.json"
+
+    def whole_one(self):
+        """Return what the note on a cache that holds the states of all rows says, None without one."""
+        for note in Path(self.args.cache_frozen).glob(f"*/{self.note}") if self.note else ():
+            with contextlib.suppress(OSError, ValueError):
+                if set((note.parent / "done.bin").read_bytes()) == {1}:
+                    return json.loads(note.read_text())
+        return None
+
+    @contextlib.contextmanager
+    def kept_from_engine(self):
+        """Around the making of the engine, which would send all weights to its device and to other ranks."""
+        hidden = {parameter: parameter.data for parameter in self.prefix.own} if self.found else {}
+        for parameter in hidden:
+            parameter.data = parameter.data.new_empty(0)
+        yield
+        for parameter, weights in hidden.items():
+            parameter.data = weights
+        if hidden:
+            self.prefix.host, self.prefix.on_device = hidden, False
+
+    def frozen_checksum(self, parameters):
+        """Return engine.frozen's checksum of all that is frozen, known if the cache is whole; a collective."""
+        run = self.run
+        self.frozen = self.found["frozen"] if self.found else frozen_checksum(run.accelerator, run.model, run.precision, parameters)
+        return self.frozen
+
+    def open(self, forward_loss):
         """Have the model show that it can be cached, and make or find the cache of these weights and rows; a collective."""
         if self.prefix is None:
             return
-        if 1 + len(neighbours()) < run.accelerator.num_processes:
-            raise UserError("--cache_frozen: its ranks write one file, which is safe on one machine alone; leave it out on several")
-        self.run, data, accelerator = run, run.data, run.accelerator
-        dtype, width = self.try_out(forward_loss)
-        weights = frozen_checksum(accelerator, run.model, run.precision, self.prefix.parameters)
+        run, data, accelerator = self.run, self.run.data, self.run.accelerator
+        several = 1 + len(neighbours()) < accelerator.num_processes
+        if several and not self.found:
+            raise UserError(
+                "--cache_frozen: several machines read a cache that is whole, and do not fill one; fill it on one machine, with "
+                "the same strategy and flags, or leave it out"
+            )
+        tried = self.found
+        if not tried:
+            dtype, width = self.try_out(forward_loss)
+            tried = {"weights": frozen_checksum(accelerator, run.model, run.precision, self.prefix.parameters)}
+            tried |= {"frozen": self.frozen, "dtype": str(dtype).removeprefix("torch."), "width": width}
         lengths = data.costs["train"][:, 0]
         facts = {
-            "weights": weights,
+            "weights": tried["weights"],
             "model configuration": run.fingerprint["model configuration"],  # equal weights may compute otherwise
             "modules": f"{len(self.prefix.modules)} x {type(self.prefix.modules[0]).__name__}",
             "rows": data.digest("train"),
             "lengths": hashlib.sha256(np.ascontiguousarray(lengths, dtype=np.int64).tobytes()).hexdigest(),
-            "dtype": str(dtype).removeprefix("torch."),
-            "width": width,
+            "dtype": tried["dtype"],
+            "width": tried["width"],
             "mixed_precision": self.args.mixed_precision,
         }
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        self.states = PrefixStates(Path(self.args.cache_frozen) / name, lengths, width, dtype)
+        self.states = PrefixStates(Path(self.args.cache_frozen) / name, lengths, tried["width"], getattr(torch, tried["dtype"]))
+        if several and (blind := ranks_where(not self.states.folder.exists(), accelerator)):
+            raise UserError(f"--cache_frozen {self.args.cache_frozen}: ranks {blind} do not see {name} in it, which machine 0 has")
         size = f"{len(lengths):,} rows, {int(self.states.ends[-1]):,} tokens x {self.states.row_bytes:,} bytes"
         run.console.say(f"frozen cache: {size} = {self.states.num_bytes / GIB:.3f} GiB in {self.states.folder}")
         first_on_each_node(accelerator, lambda: self.states.make(facts))
+        if self.note:
+            write_whole(self.states.folder / self.note, json.dumps(tried) + "\n")
         self.refresh()
         self.prefix.states = self.states
 

@@ -52,19 +52,24 @@ def write_json(path, content):
     os.replace(temporary, path)
 
 
-def environment_facts():
-    """Return versions, commit, command line and machine; nothing secret is in them."""
+def package_versions():
+    """Return {package: version} of Python and the libraries, None for one that is not installed."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    return versions
+
+
+def environment_facts():
+    """Return versions, commit, command line and machine; nothing secret is in them."""
     root = Path(__file__).resolve().parents[2]
     describe = ["git", "-C", root, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]  # -dirty: changes beside it
     commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    return {"versions": versions, "git_commit": commit or None, "command_line": redact(sys.argv), "device": device}
+    return {"versions": package_versions(), "git_commit": commit or None, "command_line": redact(sys.argv), "device": device}
 
 
 def facts_of(run, engine):

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import yaml
 
+from zerotune.engine.connections import machines_timeout
 from zerotune.engine.deepspeed_config import read_deepspeed_config
 from zerotune.errors import UserError
 from zerotune.rows.sources import sources_of
@@ -31,7 +32,6 @@ from zerotune.run.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 SIOCGIFADDR = 0x8915  # linux/sockios.h
-PATIENCE = 300.0  # seconds until a machine is missing; MACHINES_TIMEOUT has another number
 CLOCKS = 60.0  # seconds by which clocks may differ
 COMPARED = "MACHINES_COMPARED"  # 1: whoever starts this has done it, and its flags differ for a reason (the doctor)
 SAMPLE = 1 << 20  # bytes of a row file's beginning and end that are compared, beside its size
@@ -48,12 +48,7 @@ def main(words):
         return 0
     found = network(environment, place)
     if environment.get(COMPARED, "0") != "1":
-        patience = environment.get("MACHINES_TIMEOUT", PATIENCE)
-        try:
-            patience = float(patience)
-        except ValueError:
-            raise UserError(f"MACHINES_TIMEOUT={patience}: must be a number of seconds") from None
-        meet(place, facts_of(words[0], words[1], words[2:]), patience)
+        meet(place, facts_of(words[0], words[1], words[2:]), machines_timeout())
     print_network(found)
     return 0
 
