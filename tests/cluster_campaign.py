@@ -159,4 +159,5 @@ def main():
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["MACHINES_TIMEOUT"] = "60"  # seconds, for the waits before the first step
     main()

@@ -37,7 +37,7 @@ class Hosts:
     def __init__(self, count):
         # With this process's number: other tests on this machine have hosts of their own.
         self.names = [f"zerotune{os.getpid()}-{number}" for number in range(count)]
-        self.switch = f"zerotune{os.getpid()}-switch"
+        self.switch, self.started = f"zerotune{os.getpid()}-switch", []
         ip("netns", "add", self.switch)
         ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
         ip("-n", self.switch, "link", "set", "bridge", "up")
@@ -72,9 +72,13 @@ class Hosts:
         folder: for logs and the hosts' own files; first: {host: a shell command before the launcher}.
         """
         every = range(len(self.names))
-        return [Started(self, number, strategy, flags, Path(folder), (first or {}).get(number, "")) for number in every]
+        started = [Started(self, number, strategy, flags, Path(folder), (first or {}).get(number, "")) for number in every]
+        self.started += started
+        return started
 
     def remove(self):
+        for host in self.started:
+            host.kill()  # what a failed test has left
         for name in [*self.names, self.switch]:
             ip("netns", "del", name, check=False)
             shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
@@ -89,7 +93,7 @@ class Started:
         own.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"{name}.{len(list(folder.glob(f'{name}.*.log')))}.log"
         given = {"STRATEGY": strategy, "NUM_MACHINES": count, "NUM_PROCESSES": count, "MACHINE_RANK": number}
-        given |= {"MAIN_PROCESS_IP": hosts.address(0), "MACHINES_TIMEOUT": 60, "MACHINES_SHARED_TIMEOUT": 2, "OMP_NUM_THREADS": 1}
+        given |= {"MAIN_PROCESS_IP": hosts.address(0), "MACHINES_SHARED_TIMEOUT": 2, "OMP_NUM_THREADS": 1}
         given |= {"PYTHON": sys.executable, "TMPDIR": own, "HF_DATASETS_CACHE": own / "rows", "HF_MODULES_CACHE": own / "modules"}
         given |= {"LOG": self.log, "BEFORE": before}
         inherited = {key: value for key, value in os.environ.items() if not key.endswith("_SOCKET_IFNAME")}

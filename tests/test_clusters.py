@@ -1,5 +1,6 @@
 """Several machines: what is wrong is a line on each of them, and two hosts with networks of their own train as one does."""
 
+import contextlib
 import json
 import os
 import re
@@ -42,11 +43,15 @@ def ends(*started, patience=60):
     return found
 
 
-@pytest.fixture
-def port():
+def free_port():
     with socket.socket() as free:
         free.bind(("", 0))
         return free.getsockname()[1]
+
+
+@pytest.fixture
+def port():
+    return free_port()
 
 
 @pytest.fixture
@@ -56,7 +61,7 @@ def flags(tiny, rows16):
 
 @pytest.mark.launch
 def test_the_first_to_fail_is_told_on_machine_0(fails_on_rank_1, rows16, port, tmp_path):
-    """A model's own code fails on rank 1. Machine 1's torchrun names it; machine 0, which has no part in it, tells its note."""
+    """A model's own code fails on rank 1. Machine 1's torchrun names it; machine 0, which has no part in it, prints its note."""
     flags = {"model_name_or_path": fails_on_rank_1, "train_file": rows16, "task": "causal", "trust_remote_code": True}
     flags |= {"max_steps": 6, "save_steps": 0, "output_dir": tmp_path / "run"}
     given = {**os.environ, "STRATEGY": "ddp", "NUM_MACHINES": "2", "NUM_PROCESSES": "2", "MAIN_PROCESS_IP": "127.0.0.1"}
@@ -109,9 +114,10 @@ def test_what_differs_is_a_line_on_each_machine(flags, port, tmp_path, rows16):
 
 def test_who_is_missing_is_named(flags, port):
     begin = time.monotonic()
-    first, other = ends(machine(0, flags, port, wait="2"), machine(1, flags, port + 1, wait="2"))
+    elsewhere = free_port()
+    first, other = ends(machine(0, flags, port, wait="2"), machine(1, flags, elsewhere, wait="2"))
     assert first[0] == 2 and "machine 1 of 2 has not come within 2 s; the others end" in first[2]
-    assert other[0] == 2 and f"machine 0 has not come to 127.0.0.1:{port + 1} within 2 s" in other[2]
+    assert other[0] == 2 and f"machine 0 has not come to 127.0.0.1:{elsewhere} within 2 s" in other[2]
     assert time.monotonic() - begin < 30
 
     three = {"NUM_MACHINES": "3", "processes": "3"}
@@ -135,6 +141,7 @@ def test_places_that_cannot_be(flags, port):
     for environment, words in (
         ({"MACHINE_RANK": "2"}, "MACHINE_RANK=2: must be 0 to 1"),
         ({"MACHINE_RANK": ""}, "MACHINE_RANK=: must be a whole number"),
+        ({"MACHINES_TIMEOUT": "2.5"}, "MACHINES_TIMEOUT=2.5: must be a whole number of seconds"),
         ({"processes": "3"}, "NUM_PROCESSES=3 is no multiple of NUM_MACHINES=2"),
         ({"MAIN_PROCESS_IP": "no.such.host.invalid"}, "no address of this name is known here"),
         ({"MAIN_PROCESS_IP": "203.0.113.9"}, "MAIN_PROCESS_IP=203.0.113.9: "),
@@ -312,7 +319,11 @@ def stopped_where(started, folder, in_a_save):
     began = (folder / "run.json").stat().st_mtime  # a save that was cut off before leaves its folder
 
     def found():
-        return any(path.stat().st_mtime > began for path in folder.glob("checkpoint-*.tmp")) == in_a_save
+        saving = False
+        for path in folder.glob("checkpoint-*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # it has just got its name
+                saving |= path.stat().st_mtime > began
+        return saving == in_a_save
 
     def is_stopped(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] in "TZX"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags_of, text, tiny_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from zerotune.errors import UserError
 from zerotune.model.freezing import apply_rules
@@ -174,12 +174,13 @@ def test_weights_behind_a_whole_cache_are_not_read(strategy, train, tiny, rows16
     weights = tmp_path / "model" / "model.safetensors"
     blocks = list(model.encoder.block.parameters())
     size = sum(parameter.numel() * 4 for parameter in blocks)
-    options = options_of("t5", tiny, rows16) | {"model_name_or_path": tmp_path / "model", "num_train_epochs": 3}
+    options = options_of("t5", tiny, rows16) | {"model_name_or_path": tmp_path / "model", "num_train_epochs": 10}
     most = {}
     for name, rate in (("fills", 1e-3), ("reads", 2e-3)):  # the rate has nothing to do with it
         with watched(weights, tmp_path / name) as seen:
             options |= {"learning_rate": rate, "cache_frozen": tmp_path / "cache"}
             run = train(strategy, name=name, **options)
+        assert seen
         most[name] = max(filter(None, seen), default=None)
         assert run.run["frozen_cache"]["passes"]["read"] > 0
         assert all(run.weights()[key].equal(value) for key, value in load_file(weights).items() if key.startswith("encoder.block"))
@@ -191,15 +192,36 @@ def test_weights_behind_a_whole_cache_are_not_read(strategy, train, tiny, rows16
 
 @pytest.mark.launch
 def test_several_machines_read_a_whole_one(train, tiny, rows16, tmp_path):
-    """Ranks that believe to be on two machines do not fill a cache; of another place they say who does not see it."""
+    """Ranks that believe they are on two machines do not fill a cache, and read one that is whole; evaluations are the same."""
     options = options_of("t5-ddp", tiny, rows16) | {"cache_frozen": tmp_path / "cache"}
+    options |= {"validation_file": rows16, "eval_strategy": "epoch", "predict_with_generate": "false"}
     two = {"environment": {"MACHINES": "2"}}
     refused = train("ddp", name="refused", check=False, **two, **options)
-    assert refused.code == 2 and "several machines read a cache that is whole, and do not fill one; fill it" in refused.output
+    assert refused.code == 2 and "no run with these flags and files has left a whole cache there, and" in refused.output
     one = train("ddp", name="one", **options)
     both = train("ddp", name="both", **two, **options)
-    found, expected = ([record["loss"] for record in run.records("loss")] for run in (both, one))
-    assert found == pytest.approx(expected, rel=1e-5) and both.run["frozen_cache"]["passes"]["computed"] == 0
+    for key in ("loss", "eval_loss"):
+        found, expected = ([record[key] for record in run.records(key)] for run in (both, one))
+        assert found == pytest.approx(expected, rel=1e-5) and len(found) >= EPOCHS
+    assert both.run["frozen_cache"]["passes"]["computed"] == 0
+
+
+@pytest.mark.launch
+def test_a_note_is_of_these_weights_and_flags(train, tiny, rows16, tmp_path):
+    """Where the loss is cut into pieces the trial is made again; with another weight the states are others as well."""
+    shutil.copytree(tiny("t5", 0.1), tmp_path / "model")
+    options = options_of("t5", tiny, rows16) | {"model_name_or_path": tmp_path / "model", "cache_frozen": tmp_path / "cache"}
+    spared, runs = "of frozen weights stay on the host", {}
+    for name, change in (("fills", {}), ("reads", {"learning_rate": 2e-3}), ("pieces", {"loss_chunks": 2}), ("weight", {})):
+        if name == "weight":
+            weights = load_file(tmp_path / "model" / "model.safetensors")
+            weights["encoder.block.0.layer.0.SelfAttention.q.weight"][0, 0] += 0.1
+            save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+        runs[name] = train(None, name=name, **options | change)
+    assert {name: spared in run.output for name, run in runs.items()} == dict.fromkeys(runs, False) | {"reads": True}
+    facts = {name: run.run["frozen_cache"] for name, run in runs.items()}
+    assert {name for name, fact in facts.items() if not fact["passes"]["computed"]} == {"reads", "pieces"}
+    assert {name for name, fact in facts.items() if fact["folder"] != facts["fills"]["folder"]} == {"weight"}
 
 
 def test_rows_are_whole_or_absent(tmp_path):

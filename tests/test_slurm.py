@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -235,14 +236,21 @@ def test_jobs_that_are_late_preempted_mistaken_broken_and_cancelled(cluster, tra
     jobs = {"late": submit("late")}
     for pid in in_training(cluster, tmp_path / "late").values():
         os.kill(pid, signal.SIGSTOP)
-    late = jobs["late"][0]
+    late, log = jobs["late"]
     cluster.ask("scontrol", "update", f"JobId={late}", "TimeLimit=2")  # 120 seconds before its end are over
 
+    def have_time_again():
+        cluster.wait("requeue", lambda: "; requeueing" in log.read_text())
+        cluster.ask("scontrol", "update", f"JobId={late}", "TimeLimit=60")
+
+    again = threading.Thread(target=have_time_again)  # whatever the others are at
+    again.start()
+
     jobs["preempted"] = submit("preempted")
-    broken, broken_log = submit("broken", PYTHON="false", MAX_TRIES="2")
-    mistaken, mistaken_log = submit("mistaken", "--max_steps", "none")
     in_training(cluster, tmp_path / "preempted")
     cluster.submit(["--cpus-per-task=3", "--partition=high", "--wrap=true"])  # of 4, and the late job has one
+    broken, broken_log = submit("broken", PYTHON="false", MAX_TRIES="2")
+    mistaken, mistaken_log = submit("mistaken", "--max_steps", "none")
     several = cluster.ask(
         "srun", "--partition=kept", "--ntasks=2", "--nodes=1", "bash", "-c", "bash scripts/launch.sh 2>&1 || echo code $?"
     )
@@ -262,8 +270,7 @@ def test_jobs_that_are_late_preempted_mistaken_broken_and_cancelled(cluster, tra
         assert shown["JobState"] == ("CANCELLED" if code == "*" else "FAILED") and shown["Restarts"] == restarts, output
         assert (code == "*" or shown["ExitCode"] == code) and words in output and "Traceback" not in output, (shown, output)
 
-    cluster.wait("requeue", lambda: "; requeueing" in jobs["late"][1].read_text())
-    cluster.ask("scontrol", "update", f"JobId={late}", "TimeLimit=60")
+    again.join()
     for name, (job, log) in jobs.items():
         straight = train(strategies[name], name=f"straight-{name}", **options[name])
         output = check_end(cluster, job, log, tmp_path / name, strategies[name], straight)
@@ -274,7 +281,7 @@ def test_jobs_that_are_late_preempted_mistaken_broken_and_cancelled(cluster, tra
 def test_a_node_that_dies(cluster, train, tiny, rows16, tmp_path):
     """Every process of the second node is killed at once, its slurmd included, which comes back."""
     options, out = options_of(tiny, rows16, max_steps=100, save_steps=10), tmp_path / "out"
-    job, log = cluster.submit(flags_of(options | {"output_dir": out}), STRATEGY="ddp", END_SECONDS="3")
+    job, log = cluster.submit(flags_of(options | {"output_dir": out}), STRATEGY="ddp", END_SECONDS="10")
     ranks = in_training(cluster, out)
     cluster.wait("a checkpoint", lambda: list_checkpoints(out))
     cluster.kill("n2")

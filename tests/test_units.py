@@ -228,22 +228,22 @@ IMPORTED = """
 import runpy, sys
 try:
     {run}
-except SystemExit:
-    heavy = {{"torch", "transformers", "accelerate", "deepspeed"}}
-    print("IMPORTED", sorted({{name.partition(".")[0] for name in sys.modules}} & heavy))
+except SystemExit as end:
+    heavy = {{"torch", "transformers", "accelerate", "deepspeed", {more}}}
+    print("IMPORTED", end.code, sorted({{name.partition(".")[0] for name in sys.modules}} & heavy))
 """
 
 
 def test_help_and_the_check_before_a_launch_wait_for_no_library(tiny, rows16, tmp_path):
     flags = ["--model_name_or_path", tiny("llama"), "--task", "causal", "--train_file", rows16, "--output_dir", tmp_path]
     check = ["zerotune", "check", "accelerate_configs/zero3_sp.yaml", "4", *map(str, flags)]
-    for words, run, said in (
-        (["train.py", "--help"], "runpy.run_path('train.py', run_name='__main__')", "--learning_rate X"),
-        (check, "runpy.run_module('zerotune', run_name='__main__')", ""),
+    for words, run, said, more in (
+        (["train.py", "--help"], "runpy.run_path('train.py', run_name='__main__')", "--learning_rate X", '"numpy"'),
+        (check, "runpy.run_module('zerotune', run_name='__main__')", "", ""),
     ):
-        code = f"import sys; sys.argv = {words}\n{IMPORTED.format(run=run)}"
+        code = f"import sys; sys.argv = {words}\n{IMPORTED.format(run=run, more=more)}"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert said in done.stdout and done.stdout.endswith("IMPORTED []\n"), done.stdout[-300:] + done.stderr
+        assert said in done.stdout and done.stdout.endswith("IMPORTED 0 []\n"), done.stdout[-300:] + done.stderr
 
 
 def test_every_flag_says_what_it_decides():

@@ -12,17 +12,16 @@ import time
 
 from zerotune.errors import UserError
 
-MACHINES_TIMEOUT = 300.0  # seconds until a machine is missing, unless the environment's MACHINES_TIMEOUT says otherwise
+MACHINES_TIMEOUT = 300  # seconds until a machine is missing, unless the environment's MACHINES_TIMEOUT says otherwise
 PROBES = 15  # seconds at most between the kernel's questions on a connection that has nothing to say
 
 
 def machines_timeout():
-    """Return the seconds for which machines, and their ranks, wait for each other; raise UserError if they are no number."""
-    given = os.environ.get("MACHINES_TIMEOUT", MACHINES_TIMEOUT)
-    try:
-        return float(given)
-    except ValueError:
-        raise UserError(f"MACHINES_TIMEOUT={given}: must be a number of seconds") from None
+    """Return the seconds for which machines, their launchers and their ranks wait for each other; UserError if they are none."""
+    given = os.environ.get("MACHINES_TIMEOUT") or str(MACHINES_TIMEOUT)
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(f"MACHINES_TIMEOUT={given}: must be a whole number of seconds, at least 1")  # torch's launcher wants one
+    return int(given)
 
 
 def own_addresses():

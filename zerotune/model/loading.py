@@ -213,12 +213,12 @@ def stored_names(name_or_path):
     def find(file):
         return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False)
 
-    index = find("model.safetensors.index.json")
+    single = find("model.safetensors")  # first, as transformers does
+    index = find("model.safetensors.index.json") if single is None else None
     if index is not None:
         weight_map = json.loads(Path(index).read_text())["weight_map"]
         files = {file: find(file) for file in set(weight_map.values())}
         return {name: files[file] for name, file in weight_map.items()}
-    single = find("model.safetensors")
     if single is None:
         return {}
     with safe_open(single, framework="pt") as file:

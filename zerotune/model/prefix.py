@@ -92,9 +92,8 @@ class CachedPrefix:
         self.whole = model.config.is_encoder_decoder
         self.passes = {"read": 0, "computed": 0}
         self.parameters = prefix_parameters(model, self.modules)
-        # Shards stay where they are, and quantised weights.
-        own = [p for p in own_parameters(model, self.modules) if not hasattr(p, "ds_id") and not is_quantised(p)]
-        self.own, self.on_device, self.host = own, True, {}  # host: {parameter: its weights there}, if they have been kept
+        self.own, self.on_device = own_parameters(model, self.modules), True
+        self.host = {}  # parameter: its weights on the host, where they have been kept there
         self.given = self.computed = None  # of the present pass: the prefix's output as it was kept, or as it was computed
         for number, module in enumerate(self.modules, 1):
             self.pass_by(module, is_last=number == len(self.modules))
@@ -110,12 +109,13 @@ class CachedPrefix:
         model.forward = forward
 
     def keep_on_device(self, wanted, device):
-        """Move what only the prefix uses to the device, or to the host."""
+        """Move what only the prefix uses to the device, or to the host; not shards, nor quantised weights."""
         if device.type == "cpu" or wanted == self.on_device:
             return
         for parameter in self.own:
-            kept = self.host.get(parameter)
-            parameter.data = parameter.data.to(device) if wanted else parameter.data.to("cpu") if kept is None else kept
+            if not hasattr(parameter, "ds_id") and not is_quantised(parameter):
+                kept = self.host.get(parameter)
+                parameter.data = parameter.data.to(device) if wanted else parameter.data.to("cpu") if kept is None else kept
         self.on_device = wanted
 
     def pass_by(self, module, is_last):

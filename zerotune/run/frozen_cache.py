@@ -1,8 +1,8 @@
 """--cache_frozen: outputs of a frozen encoder, or of frozen bottom blocks, computed in the first epoch and read in the others.
 
-A run that finds the outputs of all rows reads nothing of the weights behind them: what these are, and that this model loses the
-same with the cache as without, stands in the note of an earlier run. Weights that transformers maps from a file stay in that file,
-on no device, until an evaluation or final/ wants them.
+A run that finds the outputs of all rows reads nothing of the weights behind them: an earlier run has left a note of what these are,
+and that the losses with the cache are those without it. Weights that transformers maps from a file stay in that file, on no device,
+until an evaluation or final/ wants them.
 """
 
 import contextlib
@@ -26,8 +26,9 @@ from zerotune.rows.cache import file_sha256
 from zerotune.rows.prefix_states import PrefixStates
 from zerotune.run.arguments import LED_TO_BY
 from zerotune.run.records import GIB, add_to_run, package_versions, sha256_of
+from zerotune.source import source_hash
 
-# What a resume compares or says and what is frozen does not see: the update, and how rows are dealt.
+# Of what a resume looks at, what cannot change the outputs of the frozen part: the update, and how rows are dealt.
 UNSEEN = {"warm-up steps", "steps of the schedule", "rows a step", "processes", "reduce"}
 UNSEEN |= set(LED_TO_BY["rows a step"]) | {"max_tokens_per_micro_batch", "--group_by_length", "--length_window", "--optim"}
 UNSEEN |= {
@@ -49,15 +50,18 @@ class FrozenCache:
     def name_of_note(self, model):
         """Return the name of a note on the frozen weights and a pass through them, from what both follow from; no weight is read.
 
-        None where not all of that is known: without safetensors, or with code of the model's own.
+        None where that is more than the safetensors, the flags and the pinned code.
         """
-        run, files = self.run, sorted(set(stored_names(self.args.model_name_or_path).values()))
-        if not files or getattr(run.config, "auto_map", None):
+        run, args, files = self.run, self.args, sorted(set(stored_names(self.args.model_name_or_path).values()))
+        other_files = any(getattr(run.config, name, None) for name in ("auto_map", "transformers_weights"))
+        adapted = getattr(model, "_hf_peft_config_loaded", False)  # transformers loads an adapter that lies beside
+        if not files or other_files or adapted or args.quantize or args.liger:
             return None
         facts = {name: value for name, value in (run.fingerprint | run.layout).items() if name not in UNSEEN}
-        facts |= {name: getattr(self.args, name) for name in ("frozen_dtype", "activation_offload", "liger")}
+        facts |= {name: getattr(self.args, name) for name in ("frozen_dtype", "activation_offload")}
         facts["weights"] = [[name, list(p.shape), str(p.dtype), p.requires_grad] for name, p in model.named_parameters()]
-        facts |= {"files": list(map(file_sha256, files)), "versions": package_versions(), "device": run.accelerator.device.type}
+        facts |= {"files": list(map(file_sha256, files)), "versions": package_versions(), "source": source_hash()}
+        facts["device"] = run.accelerator.device.type
         return f"tried-{sha256_of(facts)[:16]}.json"
 
     def whole_one(self):
@@ -71,12 +75,13 @@ class FrozenCache:
     @contextlib.contextmanager
     def kept_from_engine(self):
         """Around the making of the engine, which would send all weights to its device and to other ranks."""
-        hidden = {parameter: parameter.data for parameter in self.prefix.own} if self.found else {}
+        kept = self.found and self.run.strategy.zero_stage != 3  # whose shards the engine makes
+        hidden = {parameter: parameter.data for parameter in self.prefix.own} if kept else {}
         for parameter in hidden:
             parameter.data = parameter.data.new_empty(0)
         yield
         for parameter, weights in hidden.items():
-            parameter.data = weights
+            hidden[parameter] = parameter.data = weights.to(parameter.dtype)  # DeepSpeed has one for all
         if hidden:
             self.prefix.host, self.prefix.on_device = hidden, False
 
@@ -94,8 +99,8 @@ class FrozenCache:
         several = 1 + len(neighbours()) < accelerator.num_processes
         if several and not self.found:
             raise UserError(
-                "--cache_frozen: several machines read a cache that is whole, and do not fill one; fill it on one machine, with "
-                "the same strategy and flags, or leave it out"
+                f"--cache_frozen {self.args.cache_frozen}: no run with these flags and files has left a whole cache there, and "
+                "several machines do not fill one; fill it on one machine, with the same strategy, or leave it out"
             )
         tried = self.found
         if not tried:
@@ -120,10 +125,16 @@ class FrozenCache:
         size = f"{len(lengths):,} rows, {int(self.states.ends[-1]):,} tokens x {self.states.row_bytes:,} bytes"
         run.console.say(f"frozen cache: {size} = {self.states.num_bytes / GIB:.3f} GiB in {self.states.folder}")
         first_on_each_node(accelerator, lambda: self.states.make(facts))
-        if self.note:
-            write_whole(self.states.folder / self.note, json.dumps(tried) + "\n")
+        if self.note and not self.found:
+            with contextlib.suppress(OSError):  # the next run tries again
+                write_whole(self.states.folder / self.note, json.dumps(tried) + "\n")
         self.refresh()
         self.prefix.states = self.states
+        if self.prefix.host:
+            kept = sum(weights.nbytes for weights in self.prefix.host.values()) / GIB
+            run.console.say(
+                f"frozen cache: {kept:.3f} GiB of frozen weights stay on the host, in the model's file where it can be mapped"
+            )
 
     def refresh(self):
         """Look on all ranks which rows are there, while none writes; a collective."""

@@ -29,8 +29,8 @@ from zerotune.engine.deepspeed_config import read_deepspeed_config
 from zerotune.errors import UserError
 from zerotune.rows.sources import sources_of
 from zerotune.run.arguments import parse_arguments
+from zerotune.source import ROOT, source_hash
 
-ROOT = Path(__file__).resolve().parents[2]
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 CLOCKS = 60.0  # seconds by which clocks may differ
 COMPARED = "MACHINES_COMPARED"  # 1: whoever starts this has done it, and its flags differ for a reason (the doctor)
@@ -142,10 +142,7 @@ def addresses():
 
 def facts_of(path, num_processes, flags):
     """Return what has to be the same on every machine, as {what: value}, hashes where it is long."""
-    code = hashlib.sha256()
-    for file in sorted([ROOT / "train.py", *ROOT.glob("zerotune/**/*.py")]):
-        code.update(file.name.encode() + file.read_bytes())
-    facts = {"the repository's code": code.hexdigest()[:16], "Python": ".".join(platform.python_version_tuple()[:2])}
+    facts = {"the repository's code": source_hash(), "Python": ".".join(platform.python_version_tuple()[:2])}
     for package in re.findall(r"^([\w.-]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             facts[package] = importlib.metadata.version(package)
@@ -157,6 +154,9 @@ def facts_of(path, num_processes, flags):
     facts |= {f"--{name}": value for name, value in vars(args).items()}
     for name in ("train_file", "validation_file", "test_file"):
         for file in (file for source in sources_of(getattr(args, name), name) for file in source.files):
+            facts[f"the content of {file}"] = sampled(file)
+    for file in sorted(Path(args.model_name_or_path).glob("*")):  # of a folder; a hub's files have its own hashes
+        if file.suffix in (".safetensors", ".bin", ".json"):
             facts[f"the content of {file}"] = sampled(file)
     return facts
 
