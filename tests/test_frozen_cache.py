@@ -200,6 +200,9 @@ def test_several_machines_read_a_whole_one(train, tiny, rows16, tmp_path):
     assert refused.code == 2 and "no run with these flags and files has left a whole cache there, and" in refused.output
     one = train("ddp", name="one", **options)
     both = train("ddp", name="both", **two, **options)
+    (done,) = (tmp_path / "cache").glob("*/done.bin")
+    done.write_bytes(b"\1" * 15 + b"\0")  # a row is missing
+    assert train("ddp", name="half", check=False, **two, **options).code == 2
     for key in ("loss", "eval_loss"):
         found, expected = ([record[key] for record in run.records(key)] for run in (both, one))
         assert found == pytest.approx(expected, rel=1e-5) and len(found) >= EPOCHS
