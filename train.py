@@ -205,7 +205,7 @@ def load_model(run):
         run.model, run.optimizer = accelerator.prepare(model, optimizer)
     train_mode(run.model, args.frozen_eval)
     run.reduction = Reduction(accelerator, run.model, run.fit.choose_reduction())
-    if args.packing and not run.cache.found:  # before anything of an earlier run is touched
+    if args.packing and not run.cache.found:  # before anything of an earlier run is touched; what is found has been tried so
         run.fit.try_packing(run.model, run.collator, forward_loss, run.precision)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -102,9 +103,11 @@ def test_machines_that_are_alike_learn_their_interface(flags, port):
 def test_what_differs_is_a_line_on_each_machine(flags, port, tmp_path, rows16):
     other = tmp_path / "rows16.jsonl"
     other.write_text(rows16.read_text().replace("w1 ", "w2 ", 1))
+    model = shutil.copytree(flags["model_name_or_path"], tmp_path / "model") / "model.safetensors"
     for change, processes, words in (
         ({"max_steps": 5}, "2", ["machine 1 (", "--max_steps is 5, on machine 0 4; make them the same"]),
         ({"train_file": other}, "2", ["--train_file is ", f"the content of {other} is ", "on machine 0 not there"]),
+        ({"model_name_or_path": model.parent}, "2", [f"the content of {model} is ", "on machine 0 not there"]),
         ({}, "4", ["NUM_PROCESSES is 4, on machine 0 2; make them the same"]),
     ):
         found = ends(machine(0, flags, port), machine(1, flags | change, port, processes=processes))

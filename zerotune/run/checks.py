@@ -217,7 +217,9 @@ def check_files(args, required):
         if not getattr(args, name):
             continue
         out = Path(getattr(args, name))
-        need(not out.exists() or out.is_dir(), f"--{name} {out}: is a file; give a folder")
+        if out.exists() and not out.is_dir():
+            problems.append(f"--{name} {out}: is a file; give a folder")
+            continue
         parent = next(p for p in (out, *out.resolve().parents) if p.exists())
         try:
             tempfile.TemporaryFile(dir=parent).close()  # os.access says yes to root where nothing can be made, in /proc for one

@@ -121,7 +121,10 @@ class FrozenCache:
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.states = PrefixStates(Path(self.args.cache_frozen) / name, lengths, tried["width"], getattr(torch, tried["dtype"]))
         if several and (blind := ranks_where(not self.states.folder.exists(), accelerator)):
-            raise UserError(f"--cache_frozen {self.args.cache_frozen}: ranks {blind} do not see {name} in it, which machine 0 has")
+            raise UserError(
+                f"--cache_frozen {self.args.cache_frozen}: ranks {blind} do not see {name} in it, which machine 0 has; give a "
+                "folder on a file system that all machines share"
+            )
         size = f"{len(lengths):,} rows, {int(self.states.ends[-1]):,} tokens x {self.states.row_bytes:,} bytes"
         run.console.say(f"frozen cache: {size} = {self.states.num_bytes / GIB:.3f} GiB in {self.states.folder}")
         first_on_each_node(accelerator, lambda: self.states.make(facts))

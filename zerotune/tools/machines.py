@@ -34,7 +34,7 @@ from zerotune.source import ROOT, source_hash
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 CLOCKS = 60.0  # seconds by which clocks may differ
 COMPARED = "MACHINES_COMPARED"  # 1: whoever starts this has done it, and its flags differ for a reason (the doctor)
-SAMPLE = 1 << 20  # bytes of a row file's beginning and end that are compared, beside its size
+SAMPLE = 1 << 20  # bytes of a file's beginning and end that are compared, beside its size
 
 
 def main(words):
