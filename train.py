@@ -175,7 +175,9 @@ def load_model(run):
     run.precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
     dtype = run.precision if run.plugin else torch.float32  # DeepSpeed keeps float32 masters of its own
     quantization = quantization_config(args, run.config.model_type, run.precision, run.strategy.zero_stage)
-    model, new_weights = loading.load_model(args, run.config, run.tokenizer, run.data.labels, dtype, quantization)
+    run.cache = FrozenCache(run)
+    labels, unread = run.data.labels, run.cache.unread
+    model, new_weights = loading.load_model(args, run.config, run.tokenizer, labels, dtype, quantization, unread)
     run.num_partitioned = loading.count_partitioned(model)
     run.begin = run.manifest["step"] if run.found else 0
     model, run.freeze_report = make_trainable(model, args, run.tokenizer, dtype, run.schedule.max_steps, run.begin)
@@ -194,15 +196,14 @@ def load_model(run):
         births=run.phases and run.phases.births(run.begin),
         muon_learning_rate=args.muon_learning_rate,
     )
-    run.cache = FrozenCache(run, model)
+    run.cache.follow(model)
     if args.peft == "adalora":
         adapters.allocate_ranks(model, optimizer)
     decoder_inputs = loading.decoder_inputs(model, run.config) if args.task == "seq2seq" else None
     packing = (loading.hidden_size(run.config), lines_of_packed(model.config)) if args.packing else ()
     multiple = 8 if has_cuda() else 1
     run.collator = Collator(args.task, run.tokenizer.pad_token_id, run.data.labels, multiple, decoder_inputs, *packing)
-    with run.cache.kept_from_engine():
-        run.model, run.optimizer = accelerator.prepare(model, optimizer)
+    run.model, run.optimizer = accelerator.prepare(model, optimizer)
     train_mode(run.model, args.frozen_eval)
     run.reduction = Reduction(accelerator, run.model, run.fit.choose_reduction())
     if args.packing and not run.cache.found:  # before anything of an earlier run is touched; what is found has been tried so

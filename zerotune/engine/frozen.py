@@ -35,11 +35,20 @@ def frozen_checksum(accelerator, model, dtype, parameters=None):
             weights = weights[: max(0, parameter.ds_numel - start)]
         if weights.dtype == torch.float32:
             weights = weights.to(dtype)
-        pairs = byte_pairs(weights)
-        first = start * weights.element_size() // 2
-        total += checksum(pairs, first, int.from_bytes(hashlib.sha256(name.encode()).digest()[:3])).to(total.device)
+        total += checksum_of(name, weights, start).to(total.device)
     total = accelerator.reduce(total, reduction="sum") if accelerator.num_processes > 1 else total
+    return checksum_words(dtype, total)
+
+
+def checksum_words(dtype, total):
+    """Return a whole checksum in words; total: the sum of its parts."""
     return f"{str(dtype).removeprefix('torch.')} {total.item() % (1 << 64):016x}"
+
+
+def checksum_of(name, weights, start=0):
+    """Return a flat tensor's part of a checksum, an int64 scalar; weights: those of parameter `name` from element `start` on."""
+    first = start * weights.element_size() // 2
+    return checksum(byte_pairs(weights), first, int.from_bytes(hashlib.sha256(name.encode()).digest()[:3]))
 
 
 def byte_pairs(tensor):

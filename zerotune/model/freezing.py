@@ -12,6 +12,7 @@ under one name and trainable under another are refused, because no order between
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from zerotune.errors import UserError, nearest
@@ -104,9 +105,14 @@ def block_lists(model):
     lists = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(outer + ".") for outer in lists)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside and next(module[0].parameters(), None) is not None:
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and holds_weights(module[0]):
             lists[path] = len(module)
     return lists
+
+
+def holds_weights(module):
+    """Tell whether a module has parameters, or what model/unread.py leaves in their places."""
+    return any(isinstance(value, torch.Tensor) for m in module.modules() for value in (*m._parameters.values(), *vars(m).values()))
 
 
 def single_stack_name(model):

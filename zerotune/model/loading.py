@@ -105,13 +105,14 @@ def max_positions(config):
     return positions
 
 
-def load_model(args, config, tokenizer, labels, dtype, quantization=None):
+def load_model(args, config, tokenizer, labels, dtype, quantization=None, unread=None):
     """Return (the pretrained model for args.task, names of weights that the checkpoint lacks and that start new).
 
     labels: class names, or None. dtype: torch.float32, which mixed precision outside DeepSpeed needs as master weights, or the
     training precision under DeepSpeed, which keeps its own float32 masters. Under ZeRO-3 with zero.Init active (accelerate
     switches it on with the plugin) each rank holds its shard alone from the first moment; a quantised model (quantization: its
-    configuration) is sharded only when DeepSpeed takes it over.
+    configuration) is sharded only when DeepSpeed takes it over. unread: model/unread.py's, of what is not to be read; such
+    parameters are on the meta device.
     """
     auto = AUTO_CLASSES[args.task]
     if labels is not None:
@@ -120,7 +121,9 @@ def load_model(args, config, tokenizer, labels, dtype, quantization=None):
         config.problem_type = "single_label_classification"
     if getattr(config.get_text_config(), "pad_token_id", None) is None:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id  # sequence classifiers find the last real token by it
-    with separate_weights(model_class_of(config, args.task), config, args.model_name_or_path):
+    model_class = model_class_of(config, args.task)
+    left_out = unread.left_out(model_class) if unread else contextlib.nullcontext()
+    with separate_weights(model_class, config, args.model_name_or_path), left_out:
         try:
             model, info = auto.from_pretrained(
                 args.model_name_or_path,
@@ -141,6 +144,8 @@ def load_model(args, config, tokenizer, labels, dtype, quantization=None):
                 f"--model_name_or_path {args.model_name_or_path}: {mismatch}; ZeRO-3 cannot replace weights of another size on "
                 "loading: use zero2, or a checkpoint without them"
             ) from None
+    if unread:
+        unread.put_in()
     model.checkpoint_dtype = config.dtype
     if quantization is not None:
         model = prepare_quantized(model)

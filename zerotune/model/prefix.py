@@ -86,17 +86,22 @@ class CachedPrefix:
     writes `states`. Without them it is as it was.
     """
 
-    def __init__(self, model):
-        """model: before it is wrapped for training; raise UserError if it has no frozen prefix."""
+    def __init__(self, model, unread=None, by_block=False):
+        """model: before it is wrapped for training; raise UserError if it has no frozen prefix.
+
+        unread: model/unread.py's, of what only the prefix uses. by_block: no more than a block of it is to be in memory.
+        """
         self.modules, self.states = frozen_prefix(model), None
         self.whole = model.config.is_encoder_decoder
         self.passes = {"read": 0, "computed": 0}
         self.parameters = prefix_parameters(model, self.modules)
         self.own, self.on_device = own_parameters(model, self.modules), True
-        self.host = {}  # parameter: its weights on the host, where they have been kept there
+        self.unread, self.by_block = unread, by_block
         self.given = self.computed = None  # of the present pass: the prefix's output as it was kept, or as it was computed
         for number, module in enumerate(self.modules, 1):
             self.pass_by(module, is_last=number == len(self.modules))
+        if unread:
+            self.leave_out(model)
         model_forward = model.forward
 
         def forward(*args, frozen_rows=None, **kwargs):
@@ -109,14 +114,43 @@ class CachedPrefix:
         model.forward = forward
 
     def keep_on_device(self, wanted, device):
-        """Move what only the prefix uses to the device, or to the host; not shards, nor quantised weights."""
-        if device.type == "cpu" or wanted == self.on_device:
+        """Move what only the prefix uses to the device, or to the host; not shards, nor quantised weights.
+
+        What is not read is let go of; a pass reads it by itself.
+        """
+        if wanted == self.on_device:
             return
-        for parameter in self.own:
+        for parameter in self.own if device.type != "cpu" else ():
             if not hasattr(parameter, "ds_id") and not is_quantised(parameter):
-                kept = self.host.get(parameter)
-                parameter.data = parameter.data.to(device) if wanted else parameter.data.to("cpu") if kept is None else kept
+                parameter.data = parameter.data.to(device if wanted else "cpu")
+        if self.unread and not wanted:
+            self.unread.leave(self.unread.types)
         self.on_device = wanted
+
+    def leave_out(self, model):
+        """Take what is not read out of the model's parameters; its blocks, and then the rest, read it when they run."""
+        self.unread.take_out()
+        self.own, self.on_device, left = [], False, set(self.unread.types)
+        inside = {module for outer in self.modules for module in outer.modules()}
+        blocks = [block for path in block_lists(model) for block in model.get_submodule(path) if block in inside]
+        for module in dict.fromkeys([*blocks, *self.modules]):
+            names = left.intersection(self.unread.within(module))
+            self.read_before(module, names)
+            left -= names
+
+    def read_before(self, module, names):
+        """Have a module of the prefix read weights when it runs."""
+        module_forward = module.forward
+
+        def forward(*args, **kwargs):
+            self.unread.bring(names, device_of(args, kwargs))
+            output = module_forward(*args, **kwargs)
+            if self.by_block:
+                self.unread.leave(names)
+            return output
+
+        forward.__signature__ = inspect.signature(module_forward)
+        module.forward = forward
 
     def pass_by(self, module, is_last):
         """Have a module of the prefix return what is given in place of its output, and the last one keep what it computes."""
@@ -124,9 +158,7 @@ class CachedPrefix:
 
         def forward(*args, **kwargs):
             if self.given is None:
-                self.keep_on_device(
-                    True, next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)).device
-                )
+                self.keep_on_device(True, device_of(args, kwargs))
                 output = module_forward(*args, **kwargs)
                 if is_last:
                     self.computed = output[0] if not isinstance(output, torch.Tensor) else output
@@ -157,6 +189,10 @@ class CachedPrefix:
             self.passes["read" if known else "computed"] += 1
         finally:
             self.given = self.computed = None
+
+
+def device_of(args, kwargs):
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)).device
 
 
 def tokens_by_row(inputs):

@@ -17,10 +17,11 @@ from zerotune.model.loading import AUTO_CLASSES
 from zerotune.run.autopsy import is_out_of_memory
 
 
-def export(accelerator, model, tokenizer, final, args):
+def export(accelerator, model, tokenizer, final, args, unread=None):
     """Write the folder `final` from any strategy (ZeRO-3's shards are gathered) and return it.
 
-    With --peft it holds the adapter alone, and with --merge_adapter the folder merged/ beside it the whole model.
+    With --peft it holds the adapter alone, and with --merge_adapter the folder merged/ beside it the whole model. unread:
+    model/unread.py's, of weights that the model has in files of its own.
 
     The weights have the training precision: float32, or bf16/fp16 under DeepSpeed. RunError, on every rank, if it fails.
     """
@@ -31,7 +32,8 @@ def export(accelerator, model, tokenizer, final, args):
         state = model._consolidated_16bit_state_dict()
     else:  # under ZeRO-3 a collective, and whole on the main process
         state = accelerator.get_state_dict(model) if accelerator.state.deepspeed_plugin else inner.state_dict()
-    by_main_process(accelerator, lambda: write(inner, state, tokenizer, final, args))
+    elsewhere = unread.values if unread and not args.peft else dict
+    by_main_process(accelerator, lambda: write(inner, state | elsewhere(), tokenizer, final, args))
     return final
 
 

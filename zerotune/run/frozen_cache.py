@@ -1,8 +1,7 @@
 """--cache_frozen: outputs of a frozen encoder, or of frozen bottom blocks, computed in the first epoch and read in the others.
 
 A run that finds the outputs of all rows reads nothing of the weights behind them: an earlier run has left a note of what these are,
-and that the losses with the cache are those without it. Weights that transformers maps from a file stay in that file, on no device,
-until an evaluation or final/ wants them.
+and that the losses with the cache are those without it. They stay in the model's files until an evaluation or final/ wants them.
 """
 
 import contextlib
@@ -13,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
+from transformers.utils import find_adapter_config_file
 
 from zerotune.engine.ending import write_whole
-from zerotune.engine.frozen import frozen_checksum
-from zerotune.engine.processes import first_on_each_node, neighbours, ranks_where
+from zerotune.engine.frozen import checksum_of, checksum_words, frozen_checksum
+from zerotune.engine.processes import first_on_each_node, neighbours, ranks_where, unwrap
 from zerotune.errors import UserError
 from zerotune.model.loading import stored_names
 from zerotune.model.packing import check_exact
 from zerotune.model.prefix import CachedPrefix
+from zerotune.model.unread import Unread, read_tensor
 from zerotune.rows import IGNORE
 from zerotune.rows.cache import file_sha256
 from zerotune.rows.prefix_states import PrefixStates
@@ -39,27 +40,28 @@ UNSEEN |= {
 class FrozenCache:
     """Goes along with a run; without --cache_frozen it does nothing."""
 
-    def __init__(self, run, model):
-        """model: before it is wrapped for training; a collective."""
-        self.run, self.args, self.epoch, self.prefix, self.states, self.found = run, run.args, None, None, None, None
+    def __init__(self, run):
+        """Before the model is loaded; a collective."""
+        self.run, self.args, self.epoch, self.prefix, self.states = run, run.args, None, None, None
+        self.found = self.unread = None
         if self.args.cache_frozen:
-            self.prefix = CachedPrefix(model.get_base_model() if self.args.peft else model)
-            self.note = self.name_of_note(model) if run.accelerator.is_main_process else None
+            self.note = self.name_of_note() if run.accelerator.is_main_process else None
             self.found = broadcast_object_list([self.whole_one()])[0]
+        if self.found and self.found["unread"]:
+            self.unread = Unread(self.found["unread"], stored_names(self.args.model_name_or_path))
 
-    def name_of_note(self, model):
-        """Return the name of a note on the frozen weights and a pass through them, from what both follow from; no weight is read.
+    def name_of_note(self):
+        """Return the name of a note on the frozen weights and a pass through them, from what both follow from.
 
         None where that is more than the safetensors, the flags and the pinned code.
         """
         run, args, files = self.run, self.args, sorted(set(stored_names(self.args.model_name_or_path).values()))
         other_files = any(getattr(run.config, name, None) for name in ("auto_map", "transformers_weights"))
-        adapted = getattr(model, "_hf_peft_config_loaded", False)  # transformers loads an adapter that lies beside
+        adapted = find_adapter_config_file(args.model_name_or_path)  # transformers loads an adapter that lies beside
         if not files or other_files or adapted or args.quantize or args.liger:
             return None
         facts = {name: value for name, value in (run.fingerprint | run.layout).items() if name not in UNSEEN}
         facts |= {name: getattr(self.args, name) for name in ("frozen_dtype", "activation_offload")}
-        facts["weights"] = [[name, list(p.shape), str(p.dtype), p.requires_grad] for name, p in model.named_parameters()]
         facts |= {"files": list(map(file_sha256, files)), "versions": package_versions(), "source": source_hash()}
         facts["device"] = run.accelerator.device.type
         return f"tried-{sha256_of(facts)[:16]}.json"
@@ -72,18 +74,11 @@ class FrozenCache:
                     return json.loads(note.read_text())
         return None
 
-    @contextlib.contextmanager
-    def kept_from_engine(self):
-        """Around the making of the engine, which would send all weights to its device and to other ranks."""
-        kept = self.found and self.run.strategy.zero_stage != 3  # whose shards the engine makes
-        hidden = {parameter: parameter.data for parameter in self.prefix.own} if kept else {}
-        for parameter in hidden:
-            parameter.data = parameter.data.new_empty(0)
-        yield
-        for parameter, weights in hidden.items():
-            hidden[parameter] = parameter.data = weights.to(parameter.dtype)  # DeepSpeed has one for all
-        if hidden:
-            self.prefix.host, self.prefix.on_device = hidden, False
+    def follow(self, model):
+        """Have a model, before it is wrapped for training, give and take its frozen part's outputs."""
+        if self.args.cache_frozen:
+            by_block = self.run.strategy.zero_stage == 3
+            self.prefix = CachedPrefix(model.get_base_model() if self.args.peft else model, self.unread, by_block)
 
     def frozen_checksum(self, parameters):
         """Return engine.frozen's checksum of all that is frozen, known if the cache is whole; a collective."""
@@ -107,6 +102,7 @@ class FrozenCache:
             dtype, width = self.try_out(forward_loss)
             tried = {"weights": frozen_checksum(accelerator, run.model, run.precision, self.prefix.parameters)}
             tried |= {"frozen": self.frozen, "dtype": str(dtype).removeprefix("torch."), "width": width}
+            tried["unread"] = self.as_stored()
         lengths = data.costs["train"][:, 0]
         facts = {
             "weights": tried["weights"],
@@ -133,11 +129,28 @@ class FrozenCache:
                 write_whole(self.states.folder / self.note, json.dumps(tried) + "\n")
         self.refresh()
         self.prefix.states = self.states
-        if self.prefix.host:
-            kept = sum(weights.nbytes for weights in self.prefix.host.values()) / GIB
-            run.console.say(
-                f"frozen cache: {kept:.3f} GiB of frozen weights stay on the host, in the model's file where it can be mapped"
-            )
+        if self.unread:
+            run.console.say(f"frozen cache: {self.unread.num_bytes / GIB:.3f} GiB of frozen weights are not read")
+
+    def as_stored(self):
+        """Return {name: type} of what only the frozen part uses if the model's files hold it under the same names; a collective.
+
+        An empty dictionary otherwise, and where a compiled model would have to read it.
+        """
+        run, own, total = self.run, set(map(id, self.prefix.own)), torch.zeros((), dtype=torch.int64)
+        there = frozen_checksum(run.accelerator, run.model, run.precision, self.prefix.own)
+        if not self.note or not own or self.args.torch_compile:
+            return {}
+        stored, types = stored_names(self.args.model_name_or_path), {}
+        for name, parameter in unwrap(run.model).named_parameters():
+            if id(parameter) in own:
+                name_in_file = name.removeprefix("base_model.model.")
+                weights = read_tensor(stored, name_in_file)
+                if weights is None or weights.shape != getattr(parameter, "ds_shape", parameter.shape):
+                    return {}
+                types[name_in_file] = str(parameter.dtype).removeprefix("torch.")
+                total += checksum_of(name, weights.flatten().to(run.precision))
+        return types if there == checksum_words(run.precision, total) else {}
 
     def refresh(self):
         """Look on all ranks which rows are there, while none writes; a collective."""

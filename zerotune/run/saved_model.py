@@ -81,7 +81,7 @@ def export_best(run, step, make_trainable):
     if best.used_up:
         say(f"early stopping: {best.metric} was no better in {best.patience} evaluations")
     if final_step == step:
-        export(accelerator, run.model, run.tokenizer, final, args)
+        export(accelerator, run.model, run.tokenizer, final, args, run.cache.unread)
     else:
         by_main_process(accelerator, lambda: export_saved(folder, content, args, make_trainable, final))
     if accelerator.is_main_process:
