@@ -176,8 +176,7 @@ def load_model(run):
     dtype = run.precision if run.plugin else torch.float32  # DeepSpeed keeps float32 masters of its own
     quantization = quantization_config(args, run.config.model_type, run.precision, run.strategy.zero_stage)
     run.cache = FrozenCache(run)
-    labels, unread = run.data.labels, run.cache.unread
-    model, new_weights = loading.load_model(args, run.config, run.tokenizer, labels, dtype, quantization, unread)
+    model, new_weights = loading.load_model(args, run.config, run.tokenizer, run.data.labels, dtype, quantization, run.cache.unread)
     run.num_partitioned = loading.count_partitioned(model)
     run.begin = run.manifest["step"] if run.found else 0
     model, run.freeze_report = make_trainable(model, args, run.tokenizer, dtype, run.schedule.max_steps, run.begin)

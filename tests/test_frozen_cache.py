@@ -17,10 +17,13 @@ import pytest
 import torch
 from conftest import ROOT, flags_of, text, tiny_config
 from safetensors.torch import load_file, save_file
+from transformers import T5ForConditionalGeneration
 
 from zerotune.errors import UserError
 from zerotune.model.freezing import apply_rules
-from zerotune.model.prefix import frozen_prefix, tokens_by_row, train_mode
+from zerotune.model.loading import stored_names
+from zerotune.model.prefix import CachedPrefix, frozen_prefix, tokens_by_row, train_mode
+from zerotune.model.unread import Unread
 from zerotune.rows.batches import Stream, rows_of_step
 from zerotune.rows.prefix_states import PrefixStates
 from zerotune.run.arguments import Arguments, check_arguments
@@ -162,7 +165,7 @@ def watched(weights, folder):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("strategy, precision", [(None, "no"), ("ddp", "no"), ("zero2", "bf16"), ("zero3", "no")])
+@pytest.mark.parametrize("strategy, precision", [(None, "no"), ("zero2", "bf16"), ("zero3", "no")])
 def test_weights_behind_a_whole_cache_are_not_read(strategy, precision, train, tiny, rows16, tmp_path):
     """A run that finds the cache whole does not touch the encoder's weights until it evaluates, and has no memory for them.
 
@@ -196,6 +199,30 @@ def test_weights_behind_a_whole_cache_are_not_read(strategy, precision, train, t
         assert most["fills"] > most_allowed, (most, size)
     mine = size / (2 if precision == "bf16" else 1) / (2 if strategy == "zero3" else 1)
     assert held["fills"] - held["reads"] == pytest.approx(mine, rel=0.05), (held, size)
+
+
+@pytest.mark.parametrize("by_block", [True, False])
+def test_what_is_not_read_comes_with_its_block(by_block, tiny):
+    """Under ZeRO-3 no more than one block of it is in memory; elsewhere it stays until rows are read from the cache."""
+    folder = tiny("t5")
+    plain = T5ForConditionalGeneration.from_pretrained(folder).eval()
+    names = [name for name, _ in plain.named_parameters() if name.startswith("encoder.block")]
+    unread = Unread(dict.fromkeys(names, "float32"), stored_names(folder))
+    with unread.left_out(T5ForConditionalGeneration):
+        model = T5ForConditionalGeneration.from_pretrained(folder).eval()
+    unread.put_in()
+    apply_rules(model, ["encoder"], [])
+    prefix = CachedPrefix(model, unread, by_block)
+    there, queries = [], [block.layer[0].SelfAttention.q for block in model.encoder.block]
+    for query in queries:
+        query.register_forward_pre_hook(lambda *_: there.append([n for n, one in enumerate(queries) if not one.weight.is_meta]))
+    tokens = torch.tensor([[3, 4, 5]])
+    found, wanted = model.encoder(tokens).last_hidden_state, plain.encoder(tokens).last_hidden_state
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert there == ([[0], [1]] if by_block else [[0], [0, 1]])
+    assert not [name for name, _ in model.named_parameters() if name in names]
+    prefix.keep_on_device(False, tokens.device)
+    assert all(query.weight.is_meta for query in queries)
 
 
 @pytest.mark.launch

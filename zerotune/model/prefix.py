@@ -97,6 +97,7 @@ class CachedPrefix:
         self.parameters = prefix_parameters(model, self.modules)
         self.own, self.on_device = own_parameters(model, self.modules), True
         self.unread, self.by_block = unread, by_block
+        self.away = []  # tensors that have left the device
         self.given = self.computed = None  # of the present pass: the prefix's output as it was kept, or as it was computed
         for number, module in enumerate(self.modules, 1):
             self.pass_by(module, is_last=number == len(self.modules))
@@ -114,15 +115,18 @@ class CachedPrefix:
         model.forward = forward
 
     def keep_on_device(self, wanted, device):
-        """Move what only the prefix uses to the device, or to the host; not shards, nor quantised weights.
+        """Move what only the prefix uses to the device, or to the host; not quantised weights.
 
-        What is not read is let go of; a pass reads it by itself.
+        Of ZeRO-3 the shards, which DeepSpeed takes from wherever they are (zero/partition_parameters.py:1360 and 1396). What is not
+        read is let go of; a pass reads it by itself.
         """
         if wanted == self.on_device:
             return
-        for parameter in self.own if device.type != "cpu" else ():
-            if not hasattr(parameter, "ds_id") and not is_quantised(parameter):
-                parameter.data = parameter.data.to(device if wanted else "cpu")
+        if not wanted:
+            held = [getattr(parameter, "ds_tensor", parameter) for parameter in self.own if not is_quantised(parameter)]
+            self.away = [tensor for tensor in held if tensor.device.type != "cpu"]
+        for tensor in self.away:
+            tensor.data = tensor.data.to(device if wanted else "cpu")
         if self.unread and not wanted:
             self.unread.leave(self.unread.types)
         self.on_device = wanted
