@@ -1,11 +1,13 @@
-"""Separate hosts on one machine: each with a network, a host name, process numbers and caches of its own, on one switch.
+"""Separate hosts on one machine: each with a network, a host name, process numbers, /tmp and caches of its own, on one switch.
 
 For tests/test_clusters.py and tests/cluster_campaign.py. A host name means the loopback, as Debian writes it into /etc/hosts. A
-host is killed as by a power cut, all its processes at once, by killing the first one of its process namespace.
+host is killed as by a power cut, all its processes at once, by killing the first one of its process namespace. The checkout,
+Python, and the folders that the launcher is told of stand for a file system that all hosts share.
 """
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # A host's first process: it starts the launcher, notes its exit code, and stays until the host is switched off.
-FIRST = 'hostname "$0"; eval "$BEFORE"; bash scripts/launch.sh "$@" >"$LOG" 2>&1; echo $? >"$LOG.code"; read -r _; exit'
+FIRST = """
+hostname "$0" && eval "$OWN" || exit
+eval "$BEFORE"
+bash scripts/launch.sh "$@" >"$LOG" 2>&1
+echo $? >"$LOG.code"
+read -r _
+exit
+"""
 
 
 def lacks():
@@ -29,6 +38,21 @@ def lacks():
 
 def ip(*words, check=True):
     subprocess.run(["ip", *words], check=check, capture_output=not check)
+
+
+def lay_over(place, own, shared):
+    """Return the shell commands that lay a folder of a host's own over `place`, in which the host still sees what it shares.
+
+    shared: paths; of those in `place`, the folder next below it is bound to where it was, by way of /mnt.
+    """
+    paths = [Path(path).resolve() for path in shared]
+    entries = {path.relative_to(place).parts[0] for path in paths if place in path.parents}
+    commands = [["--rbind", place, "/mnt"], ["--bind", own, place]]
+    own.mkdir(parents=True, exist_ok=True)
+    for entry in sorted(entry for entry in entries if (place / entry).is_dir()):
+        (own / entry).mkdir(exist_ok=True)
+        commands.append(["--rbind", f"/mnt/{entry}", place / entry])
+    return " && ".join([*(shlex.join(["mount", *map(str, words)]) for words in commands), "umount -l /mnt"])
 
 
 class Hosts:
@@ -89,13 +113,16 @@ class Started:
 
     def __init__(self, hosts, number, strategy, flags, folder, before):
         name, count = hosts.names[number], len(hosts.names)
-        own = folder / f"{name}.own"
-        own.mkdir(parents=True, exist_ok=True)
+        caches, folder = Path.home() / ".cache", folder.resolve()
+        shared = [ROOT, sys.prefix, sys.base_prefix, folder, *flags, os.environ.get("HF_HOME") or caches / "huggingface"]
+        shared.append(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions")
+        places = [place.resolve() for place in (Path("/tmp"), caches) if place.is_dir()]
+        own = [lay_over(place, folder / f"{name}.own" / place.name, shared) for place in places]
         self.log = folder / f"{name}.{len(list(folder.glob(f'{name}.*.log')))}.log"
         given = {"STRATEGY": strategy, "NUM_MACHINES": count, "NUM_PROCESSES": count, "MACHINE_RANK": number}
         given |= {"MAIN_PROCESS_IP": hosts.address(0), "MACHINES_SHARED_TIMEOUT": 2, "OMP_NUM_THREADS": 1}
-        given |= {"PYTHON": sys.executable, "TMPDIR": own, "HF_DATASETS_CACHE": own / "rows", "HF_MODULES_CACHE": own / "modules"}
-        given |= {"LOG": self.log, "BEFORE": before}
+        given |= {"PYTHON": sys.executable, "TMPDIR": "/tmp", "HF_DATASETS_CACHE": "/tmp/rows", "HF_MODULES_CACHE": "/tmp/modules"}
+        given |= {"LOG": self.log, "OWN": " && ".join(own), "BEFORE": before}
         inherited = {key: value for key, value in os.environ.items() if not key.endswith("_SOCKET_IFNAME")}
         namespaces = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self.process = subprocess.Popen(

@@ -1,6 +1,7 @@
-"""scripts/slurm.sh under a real Slurm: two nodes of this machine; jobs that are late, preempted, lose a node, or cannot go on.
+"""scripts/slurm.sh under a real Slurm: nodes of this machine; jobs that are late, preempted, lose a node, or cannot go on.
 
-A controller and two slurmd with ports of their own, started for this file alone; munge's key and socket are in the same folder.
+A controller and four slurmd with ports of their own, started for this file alone; munge's key and socket are in the same folder.
+Two nodes are for the job that loses one, which the other jobs do not wait for.
 """
 
 import contextlib
@@ -51,9 +52,12 @@ SlurmdTimeout=10
 KillWait=3
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
-PartitionName=kept Nodes=ALL PriorityTier=1 PreemptMode=OFF
-PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF
+NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=4
+NodeName=n4 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[4]} CPUs=4
+PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 GraceTime=60
+PartitionName=kept Nodes=n[1-2] PriorityTier=1 PreemptMode=OFF
+PartitionName=high Nodes=n[1-2] PriorityTier=2 PreemptMode=OFF
+PartitionName=dying Nodes=n[3-4] PriorityTier=1 PreemptMode=OFF
 """
 
 
@@ -74,7 +78,7 @@ class Cluster:
         self.environment |= {"PATH": f"{os.environ['PATH']}:/usr/sbin", "SLURM_CONF": str(folder / "slurm.conf")}
         self.environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+            sockets = [stack.enter_context(socket.socket()) for _ in range(5)]
             for free in sockets:
                 free.bind(("127.0.0.1", 0))
             ports = [free.getsockname()[1] for free in sockets]
@@ -91,9 +95,9 @@ class Cluster:
         self.start("munged", "--foreground", "--force", f"--key-file={key}", *files)
         self.wait("munge's socket", lambda: (folder / "munge.socket").exists())
         self.start("slurmctld", "-D")
-        for node in ("n1", "n2"):
+        for node in ("n1", "n2", "n3", "n4"):
             self.start("slurmd", "-D", "-N", node)
-        self.wait("idle nodes", lambda: "idle n[1-2]" in self.ask("sinfo", "-h", "-p", "low", "-o", "%t %N", check=False))
+        self.wait("idle nodes", lambda: set(self.ask("sinfo", "-h", "-o", "%t", check=False).split()) == {"idle"})
 
     def start(self, name, *words):
         name_of_log = self.folder / f"{name}-{words[-1] if name == 'slurmd' else ''}.log"
@@ -134,6 +138,17 @@ class Cluster:
             assert time.monotonic() < end, f"no {what} after {timeout} s\n{logs}"
             time.sleep(0.1)
         return found
+
+    def at_requeue(self, log, act):
+        """Call `act` once a job's output tells that it is requeued, whatever is done meanwhile; return the thread that does it."""
+
+        def wait():
+            self.wait("requeue", lambda: "; requeueing" in log.read_text())
+            act()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        return thread
 
     def end_of(self, job):
         """Wait until a job has ended for good, and return what Slurm shows of it."""
@@ -218,37 +233,48 @@ def check_one_save(output, out, number):
     assert "DataLoader worker" not in output
 
 
+@pytest.fixture(scope="module")
+def dying(cluster, tiny, rows16, tmp_path_factory):
+    """Return (job, log, output_dir, flags, thread, its findings) of a job whose second node has died; Slurm takes half a minute.
+
+    Every process of the node is killed at once, its slurmd included, which comes back. The thread looks which of the first ranks
+    are left when the job is requeued.
+    """
+    options, out, left = options_of(tiny, rows16, max_steps=100, save_steps=10), tmp_path_factory.mktemp("dying") / "out", []
+    words = ["--partition=dying", "scripts/slurm.sh", *flags_of(options | {"output_dir": out})]
+    job, log = cluster.submit(words, STRATEGY="ddp", END_SECONDS="10")
+    ranks = in_training(cluster, out)
+    cluster.wait("a checkpoint", lambda: list_checkpoints(out))
+    cluster.kill("n4")
+    look = cluster.at_requeue(log, lambda: left.extend({*ranks.values()} & {*ranks_of(out).values()}))
+    return job, log, out, options, look, left
+
+
 @pytest.mark.launch
-def test_jobs_that_are_late_preempted_mistaken_broken_and_cancelled(cluster, train, tiny, rows16, tmp_path):
+def test_jobs_that_are_late_preempted_mistaken_broken_and_cancelled(dying, cluster, train, tiny, rows16, tmp_path):
     """Slurm looks at time limits every 30 seconds. Until then the late job's ranks are stopped, and the others have their ends.
 
     To a preempted job it sends SIGTERM, to each of its processes, data workers and launchers included, and does not requeue it.
     """
-    options = {"late": options_of(tiny, rows16), "preempted": options_of(tiny, rows16, max_steps=80, dataloader_num_workers=1)}
+    options = {"late": options_of(tiny, rows16), "preempted": options_of(tiny, rows16, dataloader_num_workers=1)}
     strategies, number = {"late": "ddp", "preempted": "zero3"}, {"late": signal.SIGUSR1, "preempted": signal.SIGTERM}
 
     def submit(name, *words, **environment):
         flags = options.get(name, options["late"]) | {"output_dir": tmp_path / name}
-        kept = () if name == "preempted" else ("--partition=kept",)
+        where = "--cpus-per-task=2" if name == "preempted" else "--partition=kept"
         environment = {"STRATEGY": strategies.get(name, "ddp")} | environment
-        return cluster.submit([*kept, "scripts/slurm.sh", *flags_of(flags), *words], **environment)
+        return cluster.submit([where, "scripts/slurm.sh", *flags_of(flags), *words], **environment)
 
     jobs = {"late": submit("late")}
     for pid in in_training(cluster, tmp_path / "late").values():
         os.kill(pid, signal.SIGSTOP)
     late, log = jobs["late"]
     cluster.ask("scontrol", "update", f"JobId={late}", "TimeLimit=2")  # 120 seconds before its end are over
-
-    def have_time_again():
-        cluster.wait("requeue", lambda: "; requeueing" in log.read_text())
-        cluster.ask("scontrol", "update", f"JobId={late}", "TimeLimit=60")
-
-    again = threading.Thread(target=have_time_again)  # whatever the others are at
-    again.start()
-
+    again = cluster.at_requeue(log, lambda: cluster.ask("scontrol", "update", f"JobId={late}", "TimeLimit=60"))
     jobs["preempted"] = submit("preempted")
-    in_training(cluster, tmp_path / "preempted")
-    cluster.submit(["--cpus-per-task=3", "--partition=high", "--wrap=true"])  # of 4, and the late job has one
+    for pid in in_training(cluster, tmp_path / "preempted").values():
+        os.kill(pid, signal.SIGSTOP)  # Slurm takes some seconds; with the SIGTERM it sends a SIGCONT
+    cluster.submit(["--cpus-per-task=3", "--partition=high", "--wrap=true"])  # of 4, of which the other has two, the late job one
     broken, broken_log = submit("broken", PYTHON="false", MAX_TRIES="2")
     mistaken, mistaken_log = submit("mistaken", "--max_steps", "none")
     several = cluster.ask(
@@ -270,29 +296,24 @@ def test_jobs_that_are_late_preempted_mistaken_broken_and_cancelled(cluster, tra
         assert shown["JobState"] == ("CANCELLED" if code == "*" else "FAILED") and shown["Restarts"] == restarts, output
         assert (code == "*" or shown["ExitCode"] == code) and words in output and "Traceback" not in output, (shown, output)
 
+    straight = {name: train(strategies[name], name=f"straight-{name}", **options[name]) for name in jobs}
     again.join()
     for name, (job, log) in jobs.items():
-        straight = train(strategies[name], name=f"straight-{name}", **options[name])
-        output = check_end(cluster, job, log, tmp_path / name, strategies[name], straight)
+        output = check_end(cluster, job, log, tmp_path / name, strategies[name], straight[name])
         check_one_save(output, tmp_path / name, number[name])
 
 
 @pytest.mark.launch
-def test_a_node_that_dies(cluster, train, tiny, rows16, tmp_path):
-    """Every process of the second node is killed at once, its slurmd included, which comes back."""
-    options, out = options_of(tiny, rows16, max_steps=100, save_steps=10), tmp_path / "out"
-    job, log = cluster.submit(flags_of(options | {"output_dir": out}), STRATEGY="ddp", END_SECONDS="10")
-    ranks = in_training(cluster, out)
-    cluster.wait("a checkpoint", lambda: list_checkpoints(out))
-    cluster.kill("n2")
-    cluster.wait("requeue", lambda: "; requeueing" in log.read_text())
-    assert not any(pid in ranks.values() for pid in ranks_of(out).values())
+def test_a_node_that_dies(dying, cluster, train):
+    job, log, out, options, look, left = dying
     straight = train("ddp", name="straight", **options)
+    look.join()
+    assert not left
     output = check_end(cluster, job, log, out, "ddp", straight)
     here, ended = socket.gethostname(), "the connection to another rank has ended ("  # slurmd's names are not the machine's
     assert output.count(f"0: train.py: error: rank 0 ({here}): {ended}") == 1 and "[rank0]: Traceback" not in output
     assert f"0: launch.sh: the first to fail: rank 0, {here}: {ended}" in output
-    assert "slurm.sh: start 2 on n[1-2], from step " in output and "slurm.sh: start 2 on n[1-2], from step 0\n" not in output
+    assert "slurm.sh: start 2 on n[3-4], from step " in output and "slurm.sh: start 2 on n[3-4], from step 0\n" not in output
 
 
 def test_flags_that_cannot_be_meant():
