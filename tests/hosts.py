@@ -144,12 +144,14 @@ class Started:
         return [pid for pid in everyone if mine and pid != self.first and namespace(pid) == mine and not is_zombie(pid)]
 
     def rank(self):
-        """Return the number, outside of the host, of its first rank of train.py; None without one."""
+        """Return the number, outside of the host, of its first rank of train.py; None without one.
+
+        What a test has started before launch.sh may look like a rank, but lacks the file that launch.sh gives its ranks.
+        """
         for pid in self.pids():
             with contextlib.suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes()
-                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                if b"LOCAL_RANK=0" in environment and b"train.py" in words:
+                environment = b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+                if b"\0LOCAL_RANK=0\0" in environment and b"\0ZEROTUNE_EXIT_CODE_FILE=" in environment:
                     return pid
         return None
 

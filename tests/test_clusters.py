@@ -341,9 +341,8 @@ time.sleep(600)
 def stopped_where(started, folder, in_a_save):
     """Stop the ranks of all hosts within a save, or outside of one, so that a fault falls there; return their numbers.
 
-    A save of so small a model takes some milliseconds: nothing else is looked at while one is waited for.
+    A save of so small a model takes some milliseconds: until it is found, they go on for as few at a time.
     """
-
     began = (folder / "run.json").stat().st_mtime  # a save that was cut off before leaves its folder
 
     def found():
@@ -361,8 +360,6 @@ def stopped_where(started, folder, in_a_save):
         assert not any(host.ended() for host in started) and time.monotonic() < end, [host.output[-3000:] for host in started]
         time.sleep(0.01)
     while time.monotonic() < end and not (folder / "final").exists():
-        if not found():
-            continue
         for pid in reversed(ranks):
             os.kill(pid, signal.SIGSTOP)
         while not all(map(is_stopped, ranks)):
@@ -373,6 +370,7 @@ def stopped_where(started, folder, in_a_save):
                 return ranks
         for pid in ranks:
             os.kill(pid, signal.SIGCONT)
+        time.sleep(0.01)
     raise TimeoutError(f"no moment with in_a_save={in_a_save}: {[host.output[-3000:] for host in started]}")
 
 

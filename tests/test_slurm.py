@@ -62,10 +62,10 @@ PartitionName=dying Nodes=n[3-4] PriorityTier=1 PreemptMode=OFF
 
 
 def lacks():
-    """Return what this machine lacks for a Slurm of two nodes, '' if nothing."""
+    """Return what this machine lacks for a Slurm of its own, '' if nothing."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin"
     if os.geteuid() != 0 or not all(shutil.which(name, path=path) for name in DAEMONS):
-        return "a Slurm of two nodes needs root, and on Debian: apt install slurm-wlm munge"
+        return "a Slurm of its own needs root, and on Debian: apt install slurm-wlm munge"
     return ""
 
 
