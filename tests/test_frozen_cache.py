@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, flags_of, text, tiny_config
 from safetensors.torch import load_file, save_file
-from transformers import T5ForConditionalGeneration
+from transformers import GPT2LMHeadModel, T5ForConditionalGeneration
 
 from zerotune.errors import UserError
 from zerotune.model.freezing import apply_rules
@@ -27,6 +27,7 @@ from zerotune.model.unread import Unread
 from zerotune.rows.batches import Stream, rows_of_step
 from zerotune.rows.prefix_states import PrefixStates
 from zerotune.run.arguments import Arguments, check_arguments
+from zerotune.run.frozen_cache import Trial
 
 EPOCHS = 3
 CELLS = {  # name: (family, strategy, what is frozen, flags)
@@ -225,6 +226,33 @@ def test_what_is_not_read_comes_with_its_block(by_block, tiny):
     assert all(query.weight.is_meta for query in queries)
 
 
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+def test_a_pass_over_known_rows_reads_nothing(family, tiny):
+    """Nor has it dropout in what has no parameters left; it gives what the pass that computes the rows has given."""
+    model_class, folder = {"t5": T5ForConditionalGeneration, "gpt2": GPT2LMHeadModel}[family], tiny(family, 0.1)
+    frozen = {"t5": "encoder.block", "gpt2": "transformer.h.0"}[family]
+    names = [name for name, _ in model_class.from_pretrained(folder).named_parameters() if name.startswith(frozen)]
+    unread = Unread(dict.fromkeys(names, "float32"), stored_names(folder))
+    with unread.left_out(model_class):
+        model = model_class.from_pretrained(folder)
+    unread.put_in()
+    apply_rules(model, ["encoder"] if family == "t5" else ["embeddings", "layers[:1]"], [])
+    prefix, rows, logits = CachedPrefix(model, unread), np.arange(2), []
+    prefix.states = Trial()
+    train_mode(model, frozen_eval=True)
+    assert names and not any(module.training for module in prefix.modules[0].modules())
+    tokens = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "frozen_rows": (rows, rows)}
+    batch |= {"decoder_input_ids": tokens} if family == "t5" else {}
+    for known in (False, True):
+        prefix.states.there[:], prefix.states.whole = known, known
+        prefix.keep_on_device(False, tokens.device)
+        torch.manual_seed(0)
+        logits.append(model(**batch).logits)
+        assert all(getattr(*place).is_meta == known for place in unread.places.values())
+    assert torch.allclose(*logits, atol=1e-5)
+
+
 @pytest.mark.launch
 def test_several_machines_read_a_whole_one(train, tiny, rows16, tmp_path):
     """Ranks that believe they are on two machines do not fill a cache, and read one that is whole; evaluations are the same."""
@@ -284,6 +312,11 @@ def test_rows_are_whole_or_absent(tmp_path):
         states.refresh()
         assert states.whole and torch.equal(states.read([0, 1, 2, 3]), wanted), "a row that was there is not written again"
         assert torch.equal(states.read([3, 0]), wanted[[8, 9, 0, 1, 2]])
+    (folder / "states.bin").unlink()
+    states = PrefixStates(folder, lengths, 5, torch.bfloat16)
+    states.make({})
+    states.refresh()
+    assert not states.there.any(), "marks without states"
     os.truncate(folder / "states.bin", 30)
     with pytest.raises(UserError, match="states.bin: 30 bytes, not 100: no cache of these rows; remove its folder"):
         PrefixStates(folder, lengths, 5, torch.bfloat16).make({})

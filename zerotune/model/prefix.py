@@ -12,7 +12,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from zerotune.errors import UserError
-from zerotune.model.freezing import block_lists, is_quantised, part_matcher
+from zerotune.model.freezing import block_lists, holds_weights, is_quantised, part_matcher
 
 INPUT_DROPOUTS = "drop", "embed_dropout"  # of embeddings, beside the list of blocks (GPT-2, Phi)
 
@@ -24,8 +24,7 @@ def train_mode(model, frozen_eval):
         return
     modules = dict(model.named_modules())
     for module in modules.values():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
+        if holds_weights(module) and not any(parameter.requires_grad for parameter in module.parameters()):
             module.eval()
     blocks = block_lists(model)
     embeddings = part_matcher(model, "embeddings", blocks)
@@ -99,10 +98,10 @@ class CachedPrefix:
         self.unread, self.by_block = unread, by_block
         self.away = []  # tensors that have left the device
         self.given = self.computed = None  # of the present pass: the prefix's output as it was kept, or as it was computed
+        if unread:
+            self.leave_out(model)  # before they are passed by, or a module would read its weights to be passed by
         for number, module in enumerate(self.modules, 1):
             self.pass_by(module, is_last=number == len(self.modules))
-        if unread:
-            self.leave_out(model)
         model_forward = model.forward
 
         def forward(*args, frozen_rows=None, **kwargs):

@@ -6,6 +6,7 @@ converts them.
 
 import contextlib
 import functools
+import gc
 import re
 
 import torch
@@ -33,6 +34,8 @@ class Unread:
             self.places = {name: (modules[module], attribute) for name, (module, _, attribute) in paths.items()}
             self.take_out()
             model._keys_to_ignore_on_load_unexpected |= {f"^{re.escape(name)}$" for name in self.types}
+            for name in self.types:  # declared tied, and stored apart
+                model.all_tied_weights_keys.pop(name, None)
 
         model_class.__init__ = without
         try:
@@ -54,6 +57,7 @@ class Unread:
             empty = getattr(module, name)
             delattr(module, name)
             setattr(module, name, nn.Parameter(empty))
+        gc.collect()  # the shards of ZeRO-3's parameters, which refer to themselves
 
     def read(self, name):
         """Return a weight on the host, mapped from its file if that has the run's type."""

@@ -52,6 +52,8 @@ class PrefixStates:
                 f"--cache_frozen {self.folder.parent}: {needed:.3g} GiB are needed, and {free / 2**30:.3g} GiB are free; give a "
                 "folder on another disk, or leave it out"
             )
+        if not (self.folder / "states.bin").exists() or not (self.folder / "states.bin").stat().st_size:
+            (self.folder / "done.bin").unlink(missing_ok=True)  # marks of states that are gone
         for name, size in sizes.items():
             with open(self.folder / name, "ab") as file:
                 os.truncate(file.fileno(), size)

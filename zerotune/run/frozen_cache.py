@@ -63,15 +63,17 @@ class FrozenCache:
         facts = {name: value for name, value in (run.fingerprint | run.layout).items() if name not in UNSEEN}
         facts |= {name: getattr(self.args, name) for name in ("frozen_dtype", "activation_offload")}
         facts |= {"files": list(map(file_sha256, files)), "versions": package_versions(), "source": source_hash()}
-        facts["device"] = run.accelerator.device.type
+        facts |= {"device": run.accelerator.device.type, "stage": run.strategy.zero_stage, "DeepSpeed": run.plugin is not None}
         return f"tried-{sha256_of(facts)[:16]}.json"
 
     def whole_one(self):
         """Return what the note on a cache that holds the states of all rows says, None without one."""
         for note in Path(self.args.cache_frozen).glob(f"*/{self.note}") if self.note else ():
             with contextlib.suppress(OSError, ValueError):
-                if set((note.parent / "done.bin").read_bytes()) == {1}:
-                    return json.loads(note.read_text())
+                content = json.loads(note.read_text())
+                whole = set((note.parent / "done.bin").read_bytes()) == {1} and (note.parent / "states.bin").stat().st_size
+                if whole and content["folder"] == note.parent.name:
+                    return content
         return None
 
     def follow(self, model):
@@ -79,6 +81,8 @@ class FrozenCache:
         if self.args.cache_frozen:
             by_block = self.run.strategy.zero_stage == 3
             self.prefix = CachedPrefix(model.get_base_model() if self.args.peft else model, self.unread, by_block)
+            if ((self.run.strategy.config or {}).get("zero_optimization") or {}).get("zero_quantized_weights"):
+                self.prefix.own = []  # shards that DeepSpeed quantises have to be on the device
 
     def frozen_checksum(self, parameters):
         """Return engine.frozen's checksum of all that is frozen, known if the cache is whole; a collective."""
@@ -126,7 +130,7 @@ class FrozenCache:
         first_on_each_node(accelerator, lambda: self.states.make(facts))
         if self.note and not self.found:
             with contextlib.suppress(OSError):  # the next run tries again
-                write_whole(self.states.folder / self.note, json.dumps(tried) + "\n")
+                write_whole(self.states.folder / self.note, json.dumps(tried | {"folder": name}) + "\n")
         self.refresh()
         self.prefix.states = self.states
         if self.unread:
