@@ -41,6 +41,29 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no chromium; Debian: apt install chromium"))
 
 
+def pytest_collection_finish(session):
+    """Build DeepSpeed's operators beside the tests that need none, in the time these leave; one that needs them waits for the lock.
+
+    Minutes on a new machine, most of them for NVMe's. Not where there is CUDA, whose operators are others.
+    """
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    wanted = any("nvme" in item.keywords and not item.get_closest_marker("skip") for item in session.items)
+    if folder and wanted and not session.config.option.collectonly and not torch.cuda.is_available():
+        command = ["nice", "-n", "19", sys.executable, "-c", OPERATORS]
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        subprocess.Popen(command, cwd=ROOT, start_new_session=True, **quiet)  # Ctrl-C here would leave the lock of a half-built one
+
+
+OPERATORS = """
+from zerotune.engine.deepspeed_config import choose_deepspeed_accelerator, find_ninja
+choose_deepspeed_accelerator()
+find_ninja()
+from deepspeed.accelerator import get_accelerator
+for builder in ("ShareMemCommBuilder", "CPUAdamBuilder", "PinMemoryBuilder", "AsyncIOBuilder"):
+    get_accelerator().create_op_builder(builder).load(verbose=False)
+"""
+
+
 def nvme_lacks():
     """Return what NVMe offload lacks here, '' if nothing: libaio for a C++ compiler, or the right to lock memory."""
     command = ["c++", "-x", "c++", "-", "-laio", "-o", os.devnull]
@@ -234,6 +257,7 @@ def train(tmp_path, forks):
         folder = tmp_path / name
         options.setdefault("output_dir", folder)
         options.setdefault("end_report", "false")  # seconds of each run; what looks at it asks for it
+        options.setdefault("generation_max_length", 16)  # an untrained model writes to the end
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **(environment or {})}
         if forks and not real:
             log = tmp_path / "logs" / f"{name}{len(list(tmp_path.glob('logs/*')))}.log"

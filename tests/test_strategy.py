@@ -23,7 +23,7 @@ from zerotune.engine.deepspeed_checks import (
     check_locked_memory,
     flag_problems,
 )
-from zerotune.engine.deepspeed_config import autos, resolve
+from zerotune.engine.deepspeed_config import autos, find_ninja, resolve
 from zerotune.errors import UserError
 from zerotune.run.arguments import Arguments
 
@@ -302,6 +302,20 @@ def test_too_little_memory_to_lock_is_named(monkeypatch):
     assert "locks 1,000,000,000 bytes" in problem and "may lock 8,000,000; raise the limit (ulimit -l" in problem
     small = change("zero3_nvme", "zero_optimization.offload_param.buffer_size", 100_000)
     assert check_locked_memory(small, "zero3_nvme.json", "no") == [] == check_locked_memory(config_of("zero3"), "zero3.json", "no")
+
+
+def test_ninja_of_an_environment_that_is_not_activated_is_found(monkeypatch, tmp_path):
+    """torch asks PATH for the ninja that builds DeepSpeed's operators; Debian's packages of the README bring none."""
+    from torch.utils.cpp_extension import verify_ninja_availability
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="Ninja is required"):
+        verify_ninja_availability()
+    find_ninja()
+    verify_ninja_availability()
+    first, *others = os.environ["PATH"].split(os.pathsep)
+    find_ninja()
+    assert (first, len(others)) == (str(tmp_path), 1) == (first, os.environ["PATH"].count(os.pathsep))  # once, and last
 
 
 def test_a_lock_without_an_owner_is_named(tmp_path):

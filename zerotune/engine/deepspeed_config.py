@@ -7,6 +7,8 @@ DeepSpeed and run.json get is complete.
 import copy
 import json
 import os
+import shutil
+import sysconfig
 from pathlib import Path
 
 from zerotune.errors import UserError
@@ -165,3 +167,9 @@ def choose_deepspeed_accelerator():
     """Tell DeepSpeed to run on CPU processes where there is no GPU; left to itself it stops at the missing one."""
     if not has_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def find_ninja():
+    """Put pip's ninja, with which DeepSpeed builds operators, on PATH where it has none: the environment need not be active."""
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])

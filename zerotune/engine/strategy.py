@@ -13,6 +13,7 @@ from zerotune.engine import sequence_parallel, tensor_parallel
 from zerotune.engine.deepspeed_checks import check_config
 from zerotune.engine.deepspeed_config import (
     choose_deepspeed_accelerator,
+    find_ninja,
     has_cuda,
     read_deepspeed_config,
     resolve,
@@ -162,6 +163,7 @@ def check_starter(environment):
 def launched_strategy(args):
     """Return the Strategy that `accelerate launch` (or its absence) asks for, checked; raise UserError."""
     choose_deepspeed_accelerator()  # accelerate and transformers import DeepSpeed where it is installed, whatever the strategy
+    find_ninja()
     environment = os.environ
     problems = [*check_starter(environment), *check_device(args)]
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
