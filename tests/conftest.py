@@ -258,6 +258,7 @@ def train(tmp_path, forks):
         options.setdefault("output_dir", folder)
         options.setdefault("end_report", "false")  # seconds of each run; what looks at it asks for it
         options.setdefault("generation_max_length", 16)  # an untrained model writes to the end
+        options.setdefault("reduce", "once")  # what auto comes to here, by a plan of seconds (tests/test_reduction.py)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **(environment or {})}
         if forks and not real:
             log = tmp_path / "logs" / f"{name}{len(list(tmp_path.glob('logs/*')))}.log"

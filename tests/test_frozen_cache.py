@@ -274,19 +274,23 @@ def test_several_machines_read_a_whole_one(train, tiny, rows16, tmp_path):
 
 @pytest.mark.launch
 def test_a_note_is_of_these_weights_and_flags(train, tiny, rows16, tmp_path):
-    """Where the loss is cut into pieces the trial is made again; with another weight the states are others as well."""
+    """Where the loss is cut, or the note lacks a word, the trial is made again; another weight gives other states as well."""
     shutil.copytree(tiny("t5", 0.1), tmp_path / "model")
     options = options_of("t5", tiny, rows16) | {"model_name_or_path": tmp_path / "model", "cache_frozen": tmp_path / "cache"}
     spared, runs = "of frozen weights are not read", {}
-    for name, change in (("fills", {}), ("reads", {"learning_rate": 2e-3}), ("pieces", {"loss_chunks": 2}), ("weight", {})):
+    changes = {"reads": {"learning_rate": 2e-3}, "pieces": {"loss_chunks": 2}}
+    for name in ("fills", "reads", "pieces", "note", "weight"):
+        if name == "note":
+            for note in (tmp_path / "cache").glob("*/tried-*.json"):
+                note.write_text(json.dumps({"folder": note.parent.name}))
         if name == "weight":
             weights = load_file(tmp_path / "model" / "model.safetensors")
             weights["encoder.block.0.layer.0.SelfAttention.q.weight"][0, 0] += 0.1
             save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-        runs[name] = train(None, name=name, **options | change)
+        runs[name] = train(None, name=name, **options | changes.get(name, {}))
     assert {name: spared in run.output for name, run in runs.items()} == dict.fromkeys(runs, False) | {"reads": True}
     facts = {name: run.run["frozen_cache"] for name, run in runs.items()}
-    assert {name for name, fact in facts.items() if not fact["passes"]["computed"]} == {"reads", "pieces"}
+    assert {name for name, fact in facts.items() if not fact["passes"]["computed"]} == {"reads", "pieces", "note"}
     assert {name for name, fact in facts.items() if fact["folder"] != facts["fills"]["folder"]} == {"weight"}
 
 

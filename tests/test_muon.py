@@ -48,7 +48,7 @@ def test_muon_is_the_same_everywhere(train, tiny, rows16, tmp_path, plain, of_on
         "model_name_or_path": tiny("llama"), "task": "causal", "train_file": rows16, "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 8 // processes, "max_steps": STEPS, "logging_steps": 1, "save_steps": STEPS // 2,
         "optim": "muon", "learning_rate": RATE, "muon_learning_rate": MUON_RATE, "lr_scheduler_type": "constant",
-        "max_grad_norm": 0,
+        "max_grad_norm": 0, "reduce": "auto",
     }  # fmt: skip
     run = train(strategy, check=False, name="straight", **options)
     assert run.code == 0, run.output[-3000:]

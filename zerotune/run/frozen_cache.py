@@ -36,6 +36,8 @@ UNSEEN |= {
     f"--{name}" for name in "learning_rate muon_learning_rate lr_scheduler_type weight_decay max_grad_norm max_loss_spike".split()
 }
 
+NOTED = "weights", "frozen", "dtype", "width", "unread", "folder"  # what a note says
+
 
 class FrozenCache:
     """Goes along with a run; without --cache_frozen it does nothing."""
@@ -69,8 +71,8 @@ class FrozenCache:
     def whole_one(self):
         """Return what the note on a cache that holds the states of all rows says, None without one."""
         for note in Path(self.args.cache_frozen).glob(f"*/{self.note}") if self.note else ():
-            with contextlib.suppress(OSError, ValueError):
-                content = json.loads(note.read_text())
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                content = {name: json.loads(note.read_text())[name] for name in NOTED}
                 whole = set((note.parent / "done.bin").read_bytes()) == {1} and (note.parent / "states.bin").stat().st_size
                 if whole and content["folder"] == note.parent.name:
                     return content
