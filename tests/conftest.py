@@ -47,7 +47,8 @@ def pytest_collection_finish(session):
     Minutes on a new machine, most of them for NVMe's. Not where there is CUDA, whose operators are others.
     """
     folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    wanted = any("nvme" in item.keywords and not item.get_closest_marker("skip") for item in session.items)
+    marks = [{mark.name for mark in item.iter_markers()} for item in session.items]
+    wanted = any({"nvme", "launch"} <= names and "skip" not in names for names in marks)
     if folder and wanted and not session.config.option.collectonly and not torch.cuda.is_available():
         command = ["nice", "-n", "19", sys.executable, "-c", OPERATORS]
         quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)

@@ -10,6 +10,7 @@ from conftest import ROOT, flags_of, text
 from state import state_hash
 
 OPTIONS = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 3, "save_steps": 3, "logging_steps": 1}
+OPTIONS |= {"reduce": "auto"}  # with a plan that these make anyway
 MIB = 2**20
 
 
@@ -88,6 +89,7 @@ def test_auto_batch_under_a_limit(train, tiny, long_rows, strategy):
     options = {
         "model_name_or_path": tiny("t5"), "train_file": long_rows, "max_source_length": 1000, "max_target_length": 256,
         "per_device_train_batch_size": 16 // processes, "max_steps": 2, "save_steps": 0, "logging_steps": 1,
+        "reduce": "auto",
     }  # fmt: skip
     hand = train(strategy, name="hand", **options)
     limits = {"LIMITED_RANK": str(processes - 1), "LIMITED_BYTES": str(450 * MIB), "MALLOC_MMAP_THRESHOLD_": "65536"}

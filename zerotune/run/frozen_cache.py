@@ -72,7 +72,8 @@ class FrozenCache:
         """Return what the note on a cache that holds the states of all rows says, None without one."""
         for note in Path(self.args.cache_frozen).glob(f"*/{self.note}") if self.note else ():
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                content = {name: json.loads(note.read_text())[name] for name in NOTED}
+                content = json.loads(note.read_text())
+                content = {name: content[name] for name in NOTED}
                 whole = set((note.parent / "done.bin").read_bytes()) == {1} and (note.parent / "states.bin").stat().st_size
                 if whole and content["folder"] == note.parent.name:
                     return content
